@@ -1,0 +1,69 @@
+"""Trains a policy: `python scripts/train.py --config configs/pendulum.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from trpo.config import Config
+from trpo.config_file import load_config
+from trpo.errors import UserError, run_command
+from trpo.run_directory import config_difference, find_run
+from trpo.trainer import Trainer
+
+
+def main() -> int:
+    args = _parse()
+    config, resume = _settings(args)
+    trainer = Trainer(config, root=args.root, resume=resume)
+    result = trainer.train()
+    if trainer.group.leads and result.evaluation is not None:
+        print(f"last policy, deterministic: {result.evaluation}")
+        print(f"saved in {result.directory}; evaluate it with: python scripts/evaluate.py {result.directory}")
+    return result.exit_status
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a policy with TRPO.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file, e.g. configs/pendulum.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated"
+    )
+    parser.add_argument("--seed", metavar="N", help="short for --set seed=N")
+    parser.add_argument("--device", metavar="D", help="short for --set device=D: cpu, cuda or auto")
+    parser.add_argument("--name", metavar="X", help="short for --set name=X")
+    parser.add_argument(
+        "--resume", metavar="RUN|auto", help="go on in a run directory; auto: the newest run of this config, if any"
+    )
+    parser.add_argument("--root", default="runs", metavar="DIR", help="where runs are kept (default: runs)")
+    return parser.parse_args()
+
+
+def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
+    """The config to train with, and the run to go on in."""
+    text = {"device": args.device, "name": args.name}
+    overrides = list(args.set)
+    if args.seed is not None:
+        overrides.append(f"seed={args.seed}")
+    # Quoted: a name like 3 is text, not a number.
+    overrides += [f"{key}={json.dumps(value)}" for key, value in text.items() if value is not None]
+    if args.resume and args.resume != "auto":
+        run = Path(args.resume)
+        saved = load_config(run / "config.yaml", overrides)
+        if args.config:
+            difference = config_difference(saved, load_config(args.config, overrides))
+            if difference:
+                raise UserError(
+                    f"{args.config} differs from the run's own settings ({'; '.join(difference)}); leave --config out, "
+                    "and change settings of a resumed run with --set"
+                )
+        return saved, run
+    if not args.config:
+        raise UserError("say what to train: --config FILE, for example configs/pendulum.yaml")
+    config = load_config(args.config, overrides)
+    return config, find_run(Path(args.root), config) if args.resume else None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,51 @@
+"""Generalised advantage estimation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    gamma: float,
+    lambda_: float,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and value targets over time (Schulman et al. 2016, eq. 16).
+
+        δ_t = r_t + γ (1 − terminated_t) V(s′_t) − V(s_t)
+        Â_t = δ_t + γλ (1 − terminated_t)(1 − truncated_t) Â_{t+1}
+        R_t = Â_t + V(s_t)
+
+    s′_t is the true successor, so a truncated step bootstraps with the value of the state it was cut in, and a
+    terminated one with 0; both end the λ-sum. After the last step the sum is cut and bootstrapped likewise.
+
+    Args:
+        reward: [T, N] r_t, received for the action at time t.
+        value: [T, N] V(s_t).
+        next_value: [T, N] V(s′_t), ignored where terminated.
+        terminated: [T, N] bool.
+        truncated: [T, N] bool.
+        gamma: discount γ ∈ [0, 1].
+        lambda_: λ ∈ [0, 1]; 0 gives one-step TD errors, 1 Monte Carlo returns minus V.
+        valid: [T, N] bool, False where the row is a reset and no transition: such rows get advantage 0 and cut the sum.
+
+    Returns:
+        (advantage [T, N], return target [T, N]).
+    """
+    carry = ~(terminated | truncated)
+    delta = reward + gamma * torch.where(terminated, 0.0, next_value) - value
+    if valid is not None:
+        carry = carry & valid
+        delta = torch.where(valid, delta, 0.0)
+    decay = (gamma * lambda_) * carry.to(delta.dtype)  # a float times a bool would be float32
+    advantage = delta
+    for t in range(len(reward) - 2, -1, -1):
+        advantage[t].addcmul_(decay[t], advantage[t + 1])
+    return advantage, advantage + value

@@ -1,0 +1,152 @@
+"""Policy + environments → rollout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo.batch import Rollout
+from trpo.envs.contract import BatchEnv, Step
+from trpo.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """Episodes that ended during a rollout, in order of their end."""
+
+    returns: list[float]  # sums of unscaled rewards
+    lengths: list[int]  # environment steps
+    successes: list[float]  # only of episodes that reported one
+
+
+class Collector:
+    """Steps N environments for T steps with a fixed policy, into buffers made once.
+
+    A rollout's tensors are these buffers: they are valid until the next call of `collect`. One policy forward pass per
+    step over all environments; everything else (values, log-probabilities, statistics) happens in batch afterwards.
+
+    Args:
+        env: the environments of this process.
+        policy: samples the actions.
+        length: T.
+        generator: source of the action noise.
+        shard: which of `total_envs` environments are this process's. The noise of all of them is drawn, so that the
+            numbers do not depend on how environments are spread over processes.
+    """
+
+    def __init__(
+        self,
+        env: BatchEnv,
+        policy: Policy,
+        length: int,
+        *,
+        generator: torch.Generator,
+        shard: slice | None = None,
+        total_envs: int | None = None,
+    ):
+        self.env = env
+        self.policy = policy
+        self.length = length
+        self.generator = generator
+        self.shard = shard or slice(0, env.num_envs)
+        self.total_envs = total_envs or env.num_envs
+        self.obs = env.reset().clone()
+        self.noise = torch.empty(0)
+        self._buffers = _buffers(env, policy, length, self.obs)
+        self._success = torch.full((length, env.num_envs), torch.nan, device=env.device)
+        self._running_return = torch.zeros(env.num_envs, dtype=torch.float64)
+        self._running_length = torch.zeros(env.num_envs, dtype=torch.int64)
+
+    def collect(self) -> tuple[Rollout, Episodes]:
+        """One rollout of T steps, and the episodes that ended in it."""
+        out = self._buffers
+        shape = (self.length, self.total_envs)
+        like = self.policy.theta.vector
+        self.noise = self.policy.distribution.noise(*shape, like=like, generator=self.generator)[:, self.shard]
+        self._success.fill_(torch.nan)
+        for t in range(self.length):
+            out.obs[t] = self.obs
+            action = self.policy.sample(self.obs.to(like.device), self.noise[t])
+            out.action[t] = action
+            step = self.env.step(action)
+            _store(out, step, t)
+            if step.success is not None:
+                self._success[t] = step.success
+            self.obs.copy_(step.reset_obs)
+        return out, self._episodes(out)
+
+    def replay_error(self, rollout: Rollout) -> float:
+        """Share of stored actions that differ from what the policy would sample now for the same noise.
+
+        0 right after `collect`, unless the policy or its normaliser moved between rollout and update, in which case the
+        importance ratio would not be 1 at θ_old.
+        """
+        device = self.policy.theta.vector.device
+        again = self.policy.sample(rollout.obs.flatten(0, 1).to(device), self.noise.flatten(0, 1))
+        stored = rollout.action.flatten(0, 1).to(device)
+        close = torch.isclose(again, stored, rtol=1e-3, atol=1e-3) if again.is_floating_point() else again == stored
+        return float((~close.all(-1)).double().mean())
+
+    def _episodes(self, rollout: Rollout) -> Episodes:
+        """Splits [T, N] rewards into episodes, carrying unfinished ones over to the next rollout."""
+        reward = rollout.reward.double().cpu() * rollout.valid.cpu()
+        total = reward.cumsum(0)
+        steps = rollout.valid.cpu().long().cumsum(0)
+        done = (rollout.terminated | rollout.truncated).cpu()
+        success = self._success.cpu()
+        returns, lengths, successes = [], [], []
+        start_return, start_length = -self._running_return, -self._running_length
+        for t, n in done.nonzero().tolist():
+            returns.append(float(total[t, n] - start_return[n]))
+            lengths.append(int(steps[t, n] - start_length[n]))
+            if not success[t, n].isnan():
+                successes.append(float(success[t, n]))
+            start_return[n], start_length[n] = total[t, n], steps[t, n]
+        self._running_return = total[-1] - start_return
+        self._running_length = steps[-1] - start_length
+        return Episodes(returns, lengths, successes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Environments, running episodes and the noise generator: enough to go on to the bit."""
+        return {
+            "env": self.env.state_dict(),
+            "running_return": self._running_return,
+            "running_length": self._running_length,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.obs = self.env.load_state_dict(state["env"]).clone()
+        self._running_return = state["running_return"].clone()
+        self._running_length = state["running_length"].clone()
+        self.generator.set_state(state["generator"])
+
+
+def _buffers(env: BatchEnv, policy: Policy, length: int, obs: Tensor) -> Rollout:
+    shape = (length, env.num_envs)
+    dist = policy.distribution
+    action_dtype = dist.action_dtype or policy.theta.vector.dtype
+
+    def empty(*more: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, *more, dtype=dtype, device=env.device)
+
+    return Rollout(
+        obs=empty(*obs.shape[1:], dtype=obs.dtype),
+        next_obs=empty(*obs.shape[1:], dtype=obs.dtype),
+        action=empty(dist.action_dim, dtype=action_dtype),
+        reward=empty(dtype=torch.float64),
+        terminated=empty(dtype=torch.bool),
+        truncated=empty(dtype=torch.bool),
+        valid=empty(dtype=torch.bool),
+    )
+
+
+def _store(out: Rollout, step: Step, t: int) -> None:
+    out.next_obs[t] = step.next_obs
+    out.reward[t] = step.reward
+    out.terminated[t] = step.terminated
+    out.truncated[t] = step.truncated
+    out.valid[t] = step.valid

@@ -1,0 +1,211 @@
+"""Typed settings: YAML and overrides in, one frozen `Config` out.
+
+Every setting carries its type, range and meaning; `docs/settings.md` is generated from them. A YAML file lists only
+departures from these defaults: the defaults are the recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
+Activation = Literal["tanh", "relu", "elu", "silu"]
+
+
+class Settings(BaseModel):
+    """Base of all sections: immutable, strict types, unknown keys and non-finite numbers refused."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True, validate_default=True
+    )
+
+
+class Schedule(Settings):
+    """A value that moves with training progress p = environment steps / total_steps ∈ [0, 1]."""
+
+    start: float = Field(gt=0, description="Value at the first update.")
+    end: float = Field(gt=0, description="Value at the last update.")
+    shape: Literal["linear", "cosine"] = Field("linear", description="How it moves from start to end.")
+
+
+def _kind(value: object) -> str:
+    # Chosen here rather than by trial, so that a mistake is reported once, against what was meant.
+    return "schedule" if isinstance(value, dict | Schedule) else "number"
+
+
+Scheduled = Annotated[
+    Annotated[float, Field(gt=0), Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_kind)
+]
+
+
+def _contradiction(key: str, problem: str, *, against: str) -> PydanticCustomError:
+    """Two settings that exclude each other; `key` is the one to change, both are paths from the validating section."""
+    return PydanticCustomError(
+        "contradiction", "{key}: {problem}", {"key": key, "problem": problem, "against": against}
+    )
+
+
+class WrapperConfig(Settings):
+    name: str = Field(
+        pattern=r"^[\w.]+:\w+$",
+        json_schema_extra={"form": "`module:Class`"},
+        description="`module:Class` of a Gymnasium wrapper.",
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the wrapper.")
+
+
+class EnvConfig(Settings):
+    id: str = Field(min_length=1, description="Gymnasium id, or `module:Env-v0` to import the module first.")
+    num_envs: int = Field(16, ge=1, description="Environments stepped side by side (all processes together).")
+    backend: Literal["auto", "gymnasium", "gymnasium-async"] = Field(
+        "auto", description="`gymnasium`: in this process; `gymnasium-async`: in worker processes; `auto` chooses."
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of `gymnasium.make`.")
+    wrappers: Annotated[tuple[WrapperConfig, ...], Field(strict=False)] = Field(
+        (), description="Gymnasium wrappers, innermost first."
+    )
+    workers: int = Field(0, ge=0, description="Worker processes of `gymnasium-async`; 0: one per core.")
+    timeout_s: float = Field(60.0, gt=0, description="Seconds a worker may take for one step before it counts as hung.")
+    on_worker_failure: Literal["fail", "restart"] = Field(
+        "fail", description="What to do when a worker dies or hangs; `restart` truncates the cut episodes."
+    )
+    max_restarts: int = Field(3, ge=0, description="Worker restarts allowed in one run.")
+
+
+class PolicyConfig(Settings):
+    hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
+    activation: Activation = Field("tanh", description="Hidden activation.")
+    initial_std: float = Field(0.6, gt=0, description="Standard deviation of the Gaussian policy at the start.")
+    state_dependent_std: bool = Field(False, description="Let the network output log σ(s) instead of one vector.")
+    std_min: float = Field(0.007, gt=0, description="Lower bound on σ, reached smoothly.")
+    std_max: float = Field(20.0, gt=0, description="Upper bound on σ, reached smoothly.")
+    mean_head_scale: float = Field(0.01, gt=0, description="Gain of the orthogonal initialisation of the last layer.")
+
+    @model_validator(mode="after")
+    def _bounds_hold_the_initial_std(self) -> Self:
+        if self.std_min >= self.std_max:
+            problem = f"must be below std_max {self.std_max}, not {self.std_min}"
+            raise _contradiction("std_min", problem, against="std_max")
+        if not self.std_min < self.initial_std < self.std_max:
+            problem = f"must lie strictly between std_min {self.std_min} and std_max {self.std_max}"
+            against = "std_min" if self.initial_std <= self.std_min else "std_max"
+            raise _contradiction("initial_std", f"{problem}, not {self.initial_std}", against=against)
+        return self
+
+
+class AdamFitConfig(Settings):
+    epochs: int = Field(10, ge=1, description="Passes over the batch per update.")
+    minibatch_size: int = Field(128, ge=1, description="Samples per Adam step.")
+    learning_rate: Scheduled = Field(1e-3, description="Adam step size, constant or scheduled.")
+
+
+class GaussNewtonFitConfig(Settings):
+    iterations: int = Field(3, ge=1, description="Gauss-Newton steps per update.")
+    damping: float = Field(0.1, gt=0, description="Levenberg-Marquardt term added to JᵀJ/B.")
+    cg_iterations: int = Field(15, ge=1, description="CG iterations per step.")
+    backtracks: int = Field(
+        5, ge=0, description="Halvings tried before a step that does not lower the loss is refused."
+    )
+
+
+class ValueConfig(Settings):
+    hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
+    activation: Activation = Field("tanh", description="Hidden activation.")
+    fit: Literal["adam", "gauss_newton"] = Field("adam", description="How V(s) is fitted to the returns.")
+    adam: AdamFitConfig = AdamFitConfig()
+    gauss_newton: GaussNewtonFitConfig = GaussNewtonFitConfig()
+
+
+class NormalizeConfig(Settings):
+    observations: bool = Field(True, description="Standardise observations by running mean and variance.")
+    rewards: bool = Field(True, description="Divide rewards by the running std of the discounted return.")
+    clip_observations: float = Field(10.0, gt=0, description="Bound on |normalised observation|.")
+    clip_rewards: float = Field(10.0, gt=0, description="Bound on |scaled reward|.")
+
+
+class GaeConfig(Settings):
+    gamma: float = Field(0.99, ge=0, le=1, description="Discount γ.")
+    lambda_: float = Field(0.95, ge=0, le=1, alias="lambda", description="λ of GAE: 0 is one-step TD, 1 Monte Carlo.")
+
+
+class LineSearchConfig(Settings):
+    enabled: bool = Field(True, description="Off: the full natural-gradient step, unchecked (natural policy gradient).")
+    backtracks: int = Field(10, ge=0, description="Shorter steps tried after the full one.")
+    shrink: float = Field(0.8, gt=0, lt=1, description="Factor between tries.")
+    accept_ratio: float = Field(0.0, ge=0, lt=1, description="Least share of the predicted improvement to accept.")
+
+
+class NaturalGradientConfig(Settings):
+    max_kl: Scheduled = Field(0.01, description="Bound δ on the mean joint KL(π_old ‖ π_new), constant or scheduled.")
+    damping: float = Field(0.1, ge=0, description="λ in (F + λI)x = g.")
+    cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")
+    cg_tolerance: float = Field(1e-8, ge=0, lt=1, description="Stop when ‖residual‖ ≤ tolerance · ‖g‖.")
+    line_search: LineSearchConfig = LineSearchConfig()
+    fisher_subsample: float = Field(1.0, gt=0, le=1, description="Share of the batch used for Fisher products only.")
+
+
+class EvaluationConfig(Settings):
+    every_steps: int = Field(50_000, ge=0, description="Environment steps between evaluations; 0: only at the end.")
+    episodes: int = Field(10, ge=1, description="Episodes of each evaluation during training, deterministic policy.")
+    final_episodes: int = Field(20, ge=1, description="Episodes of the evaluation of the last policy.")
+
+
+class CheckpointConfig(Settings):
+    every_steps: int = Field(100_000, ge=0, description="Environment steps between checkpoints; 0: only at the end.")
+    keep: int = Field(3, ge=1, description="Newest checkpoints kept.")
+
+
+class Config(Settings):
+    """All settings of one training run."""
+
+    env: EnvConfig
+    total_steps: int = Field(
+        1_000_000, ge=1, description="Environment steps, all environments together; never exceeded."
+    )
+    batch_size: int = Field(2048, ge=2, description="Environment steps per update, all environments together.")
+    seed: int = Field(0, ge=0, description="Root of every random stream.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        json_schema_extra={"form": "`auto`, `cpu`, `cuda` or `cuda:N`"},
+        description="Where networks and update live; `auto` takes a GPU if there is one.",
+    )
+    dtype: Literal["float32", "float64"] = Field("float32", description="Arithmetic of networks and update.")
+    threads: int = Field(1, ge=0, description="CPU threads of the update; 0: torch's own choice.")
+    name: str = Field(
+        "trpo",
+        pattern=r"^[\w.-]+$",
+        json_schema_extra={"form": "letters, digits, `_`, `.` and `-` only"},
+        description="Name of the run's directory.",
+    )
+    policy: PolicyConfig = PolicyConfig()
+    value: ValueConfig = ValueConfig()
+    normalize: NormalizeConfig = NormalizeConfig()
+    gae: GaeConfig = GaeConfig()
+    natural_gradient: NaturalGradientConfig = NaturalGradientConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if remainder := self.batch_size % self.env.num_envs:
+            above = self.batch_size - remainder + self.env.num_envs
+            problem = f"{self.batch_size} is not a multiple of env.num_envs {self.env.num_envs}; {above} is"
+            raise _contradiction("batch_size", problem, against="env.num_envs")
+        if self.batch_size > self.total_steps:
+            problem = f"{self.batch_size} is larger than total_steps {self.total_steps}: not one update fits"
+            raise _contradiction("batch_size", problem, against="total_steps")
+        return self
+
+    @property
+    def rollout_length(self) -> int:
+        """Time steps T per environment and update: batch_size / num_envs."""
+        return self.batch_size // self.env.num_envs
+
+    @property
+    def updates(self) -> int:
+        """Updates in the run. The remainder of total_steps is left out: a tiny last batch would be the noisiest."""
+        return self.total_steps // self.batch_size

@@ -1,0 +1,86 @@
+"""Many processes, one update: the only file that names torch.distributed.
+
+Every process collects from its share of the environments. What is reduced are sums and counts, never means of means;
+the results are identical on all ranks, so all take the same decisions. One process is the same code with no-ops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """This process among all of them."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Σ over processes, in place where the backend allows it."""
+        if self.size > 1:
+            moved = tensor.to(self.device).contiguous()
+            dist.all_reduce(moved)
+            return moved.to(tensor.device)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all processes, in order of rank, on every process. For small plain data."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def assert_equal(self, tensor: Tensor, what: str) -> None:
+        """Raises RuntimeError on every process unless `tensor` is bitwise equal on all of them."""
+        if self.size == 1:
+            return
+        digests = self.gather_objects(hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest())
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"{what} differs between processes: {digests}")
+
+    def shard(self, total: int) -> slice:
+        """This process's contiguous share of `total` things; shares differ by one at most."""
+        base, extra = divmod(total, self.size)
+        start = self.rank * base + min(self.rank, extra)
+        return slice(start, start + base + (self.rank < extra))
+
+
+def join_group(device: torch.device) -> Group:
+    """Joins the processes `torchrun` started; without it, a group of one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Group(device=device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Group(dist.get_rank(), size, device)
+
+
+def leave_group(group: Group) -> None:
+    """Leaves what `join_group` joined."""
+    if group.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()

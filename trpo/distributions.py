@@ -1,0 +1,217 @@
+"""Action distributions as stateless functions of a parameter array η.
+
+A distribution object holds only static shape. The old policy is therefore one stored tensor η_old [B, K], and all that
+TRPO needs of π is a formula in η: log π, its gradient (the score), the KL divergence and its Hessian (the Fisher
+metric). Shapes: `B` samples, `K` parameters per sample, `A` action components; any leading shape may stand for `B`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from trpo.errors import EnvError
+
+
+class Distribution(Protocol):
+    """A family π(a | η). All methods are pure; every sample is treated independently."""
+
+    param_dim: int
+    action_dim: int
+    action_dtype: torch.dtype | None  # None: the dtype of η
+
+    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws the random numbers behind `sample` for `shape` actions: [*shape, noise width]."""
+
+    def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
+        """a ~ π(· | η), a deterministic function of η [B, K] and `noise`: actions [B, A]."""
+
+    def mode(self, eta: Tensor) -> Tensor:
+        """The most likely action [B, A]."""
+
+    def log_prob(self, eta: Tensor, action: Tensor) -> Tensor:
+        """log π(a | η) [B], the joint density (or probability) over action components."""
+
+    def score(self, eta: Tensor, action: Tensor) -> Tensor:
+        """∇_η log π(a | η) [B, K]."""
+
+    def entropy(self, eta: Tensor) -> Tensor:
+        """H(π(· | η)) [B] in nats."""
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """KL(π_p ‖ π_q) [B] in nats, summed over action components (the joint KL)."""
+
+    def metric_product(self, eta: Tensor, u: Tensor) -> Tensor:
+        """M(η) u [B, K]: M = ∇²_q KL(π_η ‖ π_q) at q = η = E[score scoreᵀ], the Fisher information in η."""
+
+
+class DiagonalGaussian:
+    """π(a | η) = N(μ, diag σ²) with η = (μ, log σ), K = 2A."""
+
+    action_dtype: torch.dtype | None = None
+
+    def __init__(self, action_dim: int):
+        self.action_dim = action_dim
+        self.param_dim = 2 * action_dim
+
+    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randn(*shape, self.action_dim, generator=generator, device=like.device, dtype=like.dtype)
+
+    def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
+        mean, log_std = eta.chunk(2, -1)
+        return torch.addcmul(mean, log_std.exp(), noise)
+
+    def mode(self, eta: Tensor) -> Tensor:
+        return eta[..., : self.action_dim]
+
+    def log_prob(self, eta: Tensor, action: Tensor) -> Tensor:
+        mean, log_std = eta.chunk(2, -1)
+        z = (action - mean) * (-log_std).exp()
+        return -(0.5 * z.square() + log_std).sum(-1) - 0.5 * self.action_dim * math.log(2 * math.pi)
+
+    def score(self, eta: Tensor, action: Tensor) -> Tensor:
+        mean, log_std = eta.chunk(2, -1)
+        inv_std = (-log_std).exp()
+        z = (action - mean) * inv_std
+        return torch.cat([z * inv_std, z.square() - 1], -1)
+
+    def entropy(self, eta: Tensor) -> Tensor:
+        return eta[..., self.action_dim :].sum(-1) + 0.5 * self.action_dim * math.log(2 * math.pi * math.e)
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """Σ_a log(σ_q/σ_p) + (σ_p² + (μ_p − μ_q)²) / 2σ_q² − ½, arranged so that it is exactly 0 at p = q."""
+        mean_p, log_std_p = p.chunk(2, -1)
+        mean_q, log_std_q = q.chunk(2, -1)
+        d = log_std_p - log_std_q
+        z = (mean_p - mean_q) * (-log_std_q).exp()
+        return (0.5 * (torch.expm1(2 * d) + z.square()) - d).sum(-1)
+
+    def metric_product(self, eta: Tensor, u: Tensor) -> Tensor:
+        """M = diag(1/σ², 2): the metric of the Gaussian in (μ, log σ)."""
+        u_mean, u_log_std = u.chunk(2, -1)
+        return torch.cat([u_mean * (-2 * eta[..., self.action_dim :]).exp(), 2 * u_log_std], -1)
+
+
+class Categorical:
+    """Independent categorical components with η their concatenated logits; one component is the plain categorical."""
+
+    action_dtype: torch.dtype | None = torch.int64
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = [int(n) for n in sizes]
+        self.action_dim = len(self.sizes)
+        self.param_dim = sum(self.sizes)
+
+    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        out = torch.empty(*shape, self.param_dim, device=like.device, dtype=like.dtype)
+        return out.exponential_(generator=generator)
+
+    def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
+        """argmax_i η_i − log e_i with e_i ~ Exp(1): the Gumbel-max rule, no normalisation needed."""
+        return self._argmax(eta - noise.log())
+
+    def mode(self, eta: Tensor) -> Tensor:
+        return self._argmax(eta)
+
+    def log_prob(self, eta: Tensor, action: Tensor) -> Tensor:
+        index = action.long()
+        parts = [
+            log_p.gather(-1, index[..., i : i + 1]).squeeze(-1) for i, log_p in enumerate(self._log_probabilities(eta))
+        ]
+        return torch.stack(parts).sum(0)
+
+    def score(self, eta: Tensor, action: Tensor) -> Tensor:
+        index = action.long()
+        parts = []
+        for i, log_p in enumerate(self._log_probabilities(eta)):
+            one_hot = torch.zeros_like(log_p).scatter_(-1, index[..., i : i + 1], 1.0)
+            parts.append(one_hot - log_p.exp())
+        return torch.cat(parts, -1)
+
+    def entropy(self, eta: Tensor) -> Tensor:
+        return torch.stack([-(log_p.exp() * log_p).sum(-1) for log_p in self._log_probabilities(eta)]).sum(0)
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        pairs = zip(self._log_probabilities(p), self._log_probabilities(q), strict=True)
+        return torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1) for log_p, log_q in pairs]).sum(0)
+
+    def metric_product(self, eta: Tensor, u: Tensor) -> Tensor:
+        """M = diag(p) − ppᵀ for each component."""
+        parts = []
+        for log_p, v in zip(self._log_probabilities(eta), u.split(self.sizes, -1), strict=True):
+            p = log_p.exp()
+            parts.append(p * (v - (p * v).sum(-1, keepdim=True)))
+        return torch.cat(parts, -1)
+
+    def _log_probabilities(self, eta: Tensor) -> list[Tensor]:
+        return [logits.log_softmax(-1) for logits in eta.split(self.sizes, -1)]
+
+    def _argmax(self, eta: Tensor) -> Tensor:
+        return torch.stack([part.argmax(-1) for part in eta.split(self.sizes, -1)], -1)
+
+
+class Bernoulli:
+    """A independent coins with η their logits, K = A."""
+
+    action_dtype: torch.dtype | None = torch.int64
+
+    def __init__(self, action_dim: int):
+        self.action_dim = action_dim
+        self.param_dim = action_dim
+
+    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.rand(*shape, self.action_dim, generator=generator, device=like.device, dtype=like.dtype)
+
+    def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
+        return (noise < eta.sigmoid()).to(self.action_dtype)
+
+    def mode(self, eta: Tensor) -> Tensor:
+        return (eta > 0).to(self.action_dtype)
+
+    def log_prob(self, eta: Tensor, action: Tensor) -> Tensor:
+        return torch.nn.functional.logsigmoid(torch.where(action > 0, eta, -eta)).sum(-1)
+
+    def score(self, eta: Tensor, action: Tensor) -> Tensor:
+        return action - eta.sigmoid()
+
+    def entropy(self, eta: Tensor) -> Tensor:
+        logsigmoid = torch.nn.functional.logsigmoid
+        p = eta.sigmoid()
+        return -(p * logsigmoid(eta) + (-eta).sigmoid() * logsigmoid(-eta)).sum(-1)
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """Σ_a p log(p/q) + (1 − p) log((1 − p)/(1 − q)), with probabilities p, q of the logits."""
+        logsigmoid = torch.nn.functional.logsigmoid
+        heads = p.sigmoid() * (logsigmoid(p) - logsigmoid(q))
+        tails = (-p).sigmoid() * (logsigmoid(-p) - logsigmoid(-q))
+        return (heads + tails).sum(-1)
+
+    def metric_product(self, eta: Tensor, u: Tensor) -> Tensor:
+        """M = diag(p (1 − p))."""
+        p = eta.sigmoid()
+        return p * (1 - p) * u
+
+
+def distribution_for(space: spaces.Space) -> Distribution:
+    """The distribution for an action space.
+
+    Raises:
+        EnvError: the space is none of Box, Discrete, MultiDiscrete, MultiBinary.
+    """
+    if isinstance(space, spaces.Box):
+        return DiagonalGaussian(math.prod(space.shape))
+    if isinstance(space, spaces.Discrete):
+        return Categorical([int(space.n)])
+    if isinstance(space, spaces.MultiDiscrete):
+        return Categorical(space.nvec.reshape(-1).tolist())
+    if isinstance(space, spaces.MultiBinary):
+        return Bernoulli(math.prod(space.shape))
+    raise EnvError(
+        f"action space {type(space).__name__} is not supported; wrap the environment so that it is Box, Discrete, "
+        "MultiDiscrete or MultiBinary"
+    )

@@ -1,0 +1,39 @@
+"""Environments: `make_envs` for a batch to train on, `make_single_env` for one to look at.
+
+torch and the backends are imported when asked for: worker processes import this package too, and need neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trpo.config import EnvConfig
+from trpo.envs.single import make_single_env
+
+if TYPE_CHECKING:
+    from trpo.envs.contract import BatchEnv
+
+__all__ = ["make_envs", "make_single_env"]
+
+AUTO_BACKEND = "gymnasium"  # what `backend: auto` means
+
+
+def make_envs(config: EnvConfig, seeds: Sequence[int]) -> BatchEnv:
+    """Environments stepped side by side on the backend that `config.backend` names.
+
+    Args:
+        config: The environment and how to run it. `config.num_envs` plays no part: a process may have a share of them.
+        seeds: One per environment, given to its first reset. At least one.
+
+    Raises:
+        EnvError: The environment cannot be built or is not supported.
+    """
+    backend = AUTO_BACKEND if config.backend == "auto" else config.backend
+    if backend == "gymnasium-async":
+        from trpo.envs.workers import WorkerEnvs
+
+        return WorkerEnvs(config, seeds)
+    from trpo.envs.gymnasium import GymnasiumEnvs
+
+    return GymnasiumEnvs(config, seeds)

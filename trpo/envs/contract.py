@@ -1,0 +1,57 @@
+"""What the collector asks of an environment backend: `BatchEnv` and `Step`.
+
+The collector sees no autoreset mode. Whatever a backend does at an episode's end, its adapter settles it here, so that
+`next_obs` is always the true successor and `reset_obs` what to act on next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from gymnasium.spaces import Box, Space
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of N environments.
+
+    Tensors may be the adapter's own buffers, valid until the next call to `step` or `reset`: copy what is to be kept,
+    `reset_obs` too, before acting again.
+    """
+
+    next_obs: Tensor  # [N, D] true successor of the state acted in, the final observation where an episode ended
+    reset_obs: Tensor  # [N, D] what to act on next: next_obs, or the first observation of a new episode
+    reward: Tensor  # [N] float64 (Gymnasium's own), unscaled
+    terminated: Tensor  # [N] bool, the task ended: no value beyond
+    truncated: Tensor  # [N] bool, time limit or cut: the value beyond is V(next_obs)
+    valid: Tensor  # [N] bool, False where the row is no transition: a reset, or lost with its worker
+    success: Tensor | None = None  # [N] float, info["is_success"] where an episode ended and reported it, else NaN
+
+
+class BatchEnv(Protocol):
+    """N environments stepped together."""
+
+    num_envs: int
+    device: torch.device
+    single_observation_space: Box  # flat: Box(shape=(D,))
+    single_action_space: Space[Any]  # Box, Discrete, MultiDiscrete or MultiBinary, as the environment declares it
+    autoreset: str  # how the backend resets: "same_step" or "next_step"; recorded with the run
+    exact_resume: bool  # whether state_dict restores the environments to the bit
+
+    def reset(self) -> Tensor:
+        """Starts N new episodes; observations [N, D]. Seeds were given at construction, for the first reset only."""
+
+    def step(self, action: Tensor) -> Step:
+        """Acts. `action` [N, A] unclipped, in the policy's encoding; clipped to a Box space here, at the boundary."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly from here: tensors, arrays, and what JSON can hold."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        """Restores `state_dict`; returns the observations [N, D] to act on next."""
+
+    def close(self) -> None:
+        """Frees everything; may be called twice."""

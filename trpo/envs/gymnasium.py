@@ -1,0 +1,92 @@
+"""`GymnasiumEnvs`: Gymnasium environments stepped in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trpo.config import EnvConfig
+from trpo.envs.contract import Step
+from trpo.envs.shard import EnvShard, StepBuffers
+from trpo.envs.spaces import ActionEncoding, Array
+from trpo.errors import EnvError
+
+
+def as_step(buffers: StepBuffers) -> Step:
+    """The buffers as tensors, without a copy: what is written to the arrays later shows in the tensors."""
+    return Step(
+        next_obs=torch.from_numpy(buffers.next_obs),
+        reset_obs=torch.from_numpy(buffers.reset_obs),
+        reward=torch.from_numpy(buffers.reward),
+        terminated=torch.from_numpy(buffers.terminated),
+        truncated=torch.from_numpy(buffers.truncated),
+        valid=torch.from_numpy(buffers.valid),
+        success=torch.from_numpy(buffers.success),
+    )
+
+
+def native_actions(encoding: ActionEncoding, action: Tensor, num_envs: int) -> Array:
+    """The policy's actions [N, A] as native rows; `EnvError` if they are not N rows of A finite numbers."""
+    if action.shape[0] != num_envs:
+        raise EnvError(f"action has shape {tuple(action.shape)}; {num_envs} environments take [{num_envs}, A]")
+    return encoding.native(action.detach().cpu().numpy())
+
+
+def check_env_count(states: Sequence[Any], num_envs: int) -> None:
+    """Raises `EnvError` if a state is for another number of environments."""
+    if len(states) != num_envs:
+        raise EnvError(
+            f"the state holds {len(states)} environments, this run has {num_envs}: "
+            f"resume with env.num_envs and the number of processes of the run that wrote it"
+        )
+
+
+class GymnasiumEnvs:
+    """N Gymnasium environments in this process; a `BatchEnv`.
+
+    The same tensors come back from every `step`: views of arrays written in place, valid until the next call.
+    """
+
+    autoreset = "same_step"
+    exact_resume = True
+
+    def __init__(self, config: EnvConfig, seeds: Sequence[int]) -> None:
+        self._shard = EnvShard(config, seeds)
+        spaces = self._shard.spaces
+        self.num_envs = len(seeds)
+        self.device = torch.device("cpu")
+        self.single_observation_space = spaces.observation
+        self.single_action_space = spaces.action
+        self._encoding = ActionEncoding.of(spaces.action)
+        self._buffers = StepBuffers.allocate(spaces, self.num_envs)
+        self._shard.attach(self._buffers)
+        self._step = as_step(self._buffers)
+
+    def reset(self) -> Tensor:
+        """See `BatchEnv.reset`."""
+        self._shard.reset()
+        return self._step.reset_obs
+
+    def step(self, action: Tensor) -> Step:
+        """See `BatchEnv.step`."""
+        np.copyto(self._buffers.action, native_actions(self._encoding, action, self.num_envs))
+        self._shard.step()
+        return self._step
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `BatchEnv.state_dict`; one entry per environment, the same whichever backend wrote it."""
+        return {"envs": self._shard.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        """See `BatchEnv.load_state_dict`; `EnvError` if an environment does not replay to the bit."""
+        check_env_count(state["envs"], self.num_envs)
+        self._shard.load_state_dict(state["envs"])
+        return self._step.reset_obs
+
+    def close(self) -> None:
+        """See `BatchEnv.close`."""
+        self._shard.close()

@@ -1,0 +1,110 @@
+"""Exact restore of an environment by replaying its episode.
+
+Most simulators cannot be saved: a pickled MuJoCo environment is a fresh one, and setting its state is exact for some
+models only. But an episode is a function of the random state at its reset and of the actions since, and both are small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from trpo.envs.spaces import ActionEncoding, Array
+from trpo.errors import EnvError
+
+_FIRST_CAPACITY = 256
+
+# Environments whose physics world outlives their reset: the order of its contacts, and with it the rounding, depends on
+# all episodes before, so that an episode is no function of its random state unless it starts in a fresh environment.
+_KEEPS_ITS_WORLD = {
+    "gymnasium.envs.box2d.bipedal_walker:BipedalWalker",
+    "gymnasium.envs.box2d.car_racing:CarRacing",
+}
+
+
+class EpisodeLog:
+    """How one environment's present episode came about: how it was reset, and the native actions [n, A] since.
+
+    Memory grows with the length of the episode: about 4·A bytes a step in an environment that never ends one.
+    """
+
+    def __init__(self, encoding: ActionEncoding) -> None:
+        self._rows = np.empty((_FIRST_CAPACITY, encoding.size), encoding.dtype)
+        self._length = 0
+        self.seed: int | None = None
+        self.rng: dict[str, Any] | None = None
+
+    def start(self, *, seed: int | None, rng: dict[str, Any] | None) -> None:
+        """A new episode, begun by `reset(seed=seed)`, or by `reset()` with the random state `rng`."""
+        self._length, self.seed, self.rng = 0, seed, rng
+
+    def append(self, row: Array) -> None:
+        """Records the native action row [A] about to be taken."""
+        if self._length == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        self._rows[self._length] = row
+        self._length += 1
+
+    def state(self, obs: Array) -> dict[str, Any]:
+        """JSON values and arrays from which `replay` comes back here; `obs` [D] is the present observation."""
+        if self.seed is None and self.rng is None:
+            raise RuntimeError("state_dict() before the first reset()")
+        return {"seed": self.seed, "rng": self.rng, "actions": self._rows[: self._length].copy(), "obs": obs.copy()}
+
+
+def needs_fresh_environment(env: gymnasium.Env[Any, Any]) -> bool:
+    """Whether each episode has to start in a newly built environment to be replayable."""
+    kind = type(env.unwrapped)
+    return f"{kind.__module__}:{kind.__qualname__}" in _KEEPS_ITS_WORLD
+
+
+def random_state(env: gymnasium.Env[Any, Any]) -> dict[str, Any]:
+    """The state of the environment's own generator, as plain values."""
+    return dict(env.unwrapped.np_random.bit_generator.state)
+
+
+def begin(env: gymnasium.Env[Any, Any], log: EpisodeLog, *, seed: int | None, rng: dict[str, Any] | None) -> Any:
+    """Resets `env`, records how, and returns the first observation.
+
+    Args:
+        env: The environment.
+        log: Where this episode is recorded.
+        seed: Given to `reset`, or None to go on with the environment's generator.
+        rng: State to put that generator in first, or None to leave it as it is. Not with a seed.
+    """
+    if rng is not None:
+        env.unwrapped.np_random.bit_generator.state = rng
+    log.start(seed=seed, rng=None if seed is not None else random_state(env))
+    obs, _ = env.reset(seed=seed)
+    return obs
+
+
+def replay(
+    env: gymnasium.Env[Any, Any], log: EpisodeLog, encoding: ActionEncoding, state: dict[str, Any], index: int
+) -> Any:
+    """Brings `env` to the state that `EpisodeLog.state` described; returns the observation.
+
+    Raises:
+        EnvError: The recorded actions do not fit, or the observation reached differs in any bit from the recorded one.
+    """
+    actions = np.asarray(state["actions"])
+    if actions.shape[1:] != (encoding.size,) or actions.dtype != encoding.dtype:
+        raise EnvError(
+            f"environment {index}: the recorded actions are {actions.dtype}{list(actions.shape[1:])}, the action "
+            f"space takes {encoding.dtype}[{encoding.size}]: resume with the environment the run was started with"
+        )
+    obs = begin(env, log, seed=state["seed"], rng=state["rng"])
+    for row in actions:
+        log.append(row)
+        obs, *_ = env.step(encoding.single(row))
+    recorded = np.asarray(state["obs"])
+    reached = np.asarray(obs).astype(recorded.dtype)
+    if reached.shape != recorded.shape or reached.tobytes() != recorded.tobytes():
+        raise EnvError(
+            f"environment {index} did not come back to its recorded observation when its episode was replayed, so an "
+            "exact resume is impossible: it draws random numbers outside `self.np_random` or keeps state across "
+            "resets, or its package has another version; start a new run instead"
+        )
+    return obs

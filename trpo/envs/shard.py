@@ -1,0 +1,254 @@
+"""`EnvShard`: some Gymnasium environments stepped in a loop, writing into arrays given to it.
+
+Both backends run this code, in their own process or in workers, so they cannot differ. Gymnasium's SyncVectorEnv and
+AsyncVectorEnv are not used: a killed worker of the latter surfaces as a bare EOFError and close() then hangs, a hung
+worker or an exception that cannot be pickled hangs step() for ever, and one process per environment is slow where
+environments outnumber cores.
+
+Numpy and Gymnasium only, no torch, to keep worker processes light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Space
+
+from trpo.config import EnvConfig
+from trpo.envs.replay import EpisodeLog, begin, needs_fresh_environment, random_state, replay
+from trpo.envs.single import make_single_env
+from trpo.envs.spaces import ActionEncoding, Array, row_space
+from trpo.errors import EnvError
+
+_ALIGNMENT = 64  # bytes: a cache line, so that no two arrays share one
+
+
+@dataclass(frozen=True, slots=True)
+class EnvSpaces:
+    """The spaces all environments of a batch share."""
+
+    observation: Box  # [D], as handed on
+    declared: Space[Any]  # flat, as the environment declares it
+    action: Space[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuffers:
+    """The arrays of one step of N environments, in one block of memory (see `trpo.envs.contract.Step`)."""
+
+    action: Array  # [N, A] native: clipped, in the action space's dtype
+    next_obs: Array  # [N, D]
+    reset_obs: Array  # [N, D]
+    reward: Array  # [N] float64
+    terminated: Array  # [N] bool
+    truncated: Array  # [N] bool
+    valid: Array  # [N] bool
+    success: Array  # [N] float64
+
+    @staticmethod
+    def _layout(spaces: EnvSpaces, num_envs: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        encoding, obs = ActionEncoding.of(spaces.action), spaces.observation
+        rows = (num_envs, *obs.shape)
+        flags = dict.fromkeys(("terminated", "truncated", "valid"), ((num_envs,), np.dtype(bool)))
+        return {
+            "action": ((num_envs, encoding.size), encoding.dtype),
+            "next_obs": (rows, np.dtype(obs.dtype)),
+            "reset_obs": (rows, np.dtype(obs.dtype)),
+            "reward": ((num_envs,), np.dtype(np.float64)),
+            **flags,
+            "success": ((num_envs,), np.dtype(np.float64)),
+        }
+
+    @classmethod
+    def nbytes(cls, spaces: EnvSpaces, num_envs: int) -> int:
+        """Size of the block of memory that `over` needs."""
+        return sum(_aligned(shape, dtype) for shape, dtype in cls._layout(spaces, num_envs).values())
+
+    @classmethod
+    def over(cls, memory: Any, spaces: EnvSpaces, num_envs: int) -> StepBuffers:
+        """Arrays over `memory`, a writable buffer of at least `nbytes`."""
+        arrays, offset = {}, 0
+        for name, (shape, dtype) in cls._layout(spaces, num_envs).items():
+            arrays[name] = np.ndarray(shape, dtype, buffer=memory, offset=offset)
+            offset += _aligned(shape, dtype)
+        return cls(**arrays)
+
+    @classmethod
+    def allocate(cls, spaces: EnvSpaces, num_envs: int) -> StepBuffers:
+        """Arrays of this process alone."""
+        return cls.over(np.zeros(cls.nbytes(spaces, num_envs), np.uint8).data, spaces, num_envs)
+
+    def rows(self, start: int, stop: int) -> StepBuffers:
+        """Views of the rows of environments start … stop - 1."""
+        return StepBuffers(*(getattr(self, name)[start:stop] for name in self.__slots__))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    size = int(np.prod(shape, dtype=int)) * dtype.itemsize
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class EnvShard:
+    """k environments, numbered from `first_index` in messages.
+
+    Environment i is seeded by `seeds[i]` at its first reset only. An episode's end is settled in the same step: the
+    final observation goes to `next_obs`, the first of the new episode to `reset_obs`.
+    """
+
+    def __init__(self, config: EnvConfig, seeds: Sequence[int], first_index: int = 0) -> None:
+        self._config = config
+        self._first = first_index
+        self._seeds: list[int | None] = [int(seed) for seed in seeds]
+        self._envs: list[gymnasium.Env[Any, Any]] = []
+        for index in range(len(seeds)):
+            try:
+                self._envs.append(make_single_env(config))
+            except EnvError as error:
+                self.close()
+                raise EnvError(f"environment {first_index + index}: {error}") from error
+        self.spaces = self._common_spaces()
+        self._encoding = ActionEncoding.of(self.spaces.action)
+        self._obs_shape, self._obs_dtype = self.spaces.observation.shape, np.dtype(self.spaces.declared.dtype)
+        self._fresh_each_episode = needs_fresh_environment(self._envs[0])
+        self._logs = [EpisodeLog(self._encoding) for _ in seeds]
+        self._episode_steps = np.zeros(len(seeds), np.int64)
+
+    def _common_spaces(self) -> EnvSpaces:
+        found = [_spaces_of(env) for env in self._envs]
+        for index, spaces in enumerate(found):
+            check_same_spaces(found[0], spaces, self._first, self._first + index)
+        return found[0]
+
+    def attach(self, buffers: StepBuffers) -> None:
+        """Gives the arrays to read actions from and write to; k rows each."""
+        self._buffers = buffers
+
+    def reset(self) -> None:
+        """Starts k new episodes; first observations in `reset_obs`."""
+        for i in range(len(self._envs)):
+            self._begin(i)
+        self._buffers.valid[:] = True
+        self._episode_steps[:] = 0
+        self._check_finite(self._buffers.reset_obs, "first observation")
+
+    def step(self) -> None:
+        """Takes the actions in the buffers and writes everything else in them."""
+        buffers, i = self._buffers, 0
+        self._episode_steps += 1
+        buffers.success[:] = np.nan
+        try:
+            for i, env in enumerate(self._envs):
+                row = buffers.action[i]
+                self._logs[i].append(row)
+                obs, reward, terminated, truncated, info = env.step(self._encoding.single(row))
+                self._write_obs(buffers.next_obs, i, obs)
+                buffers.reward[i] = reward if isinstance(reward, float | int) else self._scalar(reward, i)
+                buffers.terminated[i], buffers.truncated[i] = terminated, truncated
+                if terminated or truncated:
+                    buffers.success[i] = info.get("is_success", np.nan)
+                    self._begin(i)
+        except EnvError:
+            raise
+        except Exception as error:
+            raise EnvError(f"{self._where(i)} raised {type(error).__name__}: {error}") from error
+        self._check_finite(buffers.reward, "reward")
+        self._check_finite(buffers.next_obs, "observation")
+        done = buffers.terminated | buffers.truncated
+        np.copyto(buffers.reset_obs, buffers.next_obs, where=~done[:, None])
+        if done.any():
+            self._check_finite(buffers.reset_obs, "first observation of its next episode")
+            self._episode_steps[done] = 0
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What `load_state_dict` needs, one entry per environment."""
+        return [log.state(obs) for log, obs in zip(self._logs, self._buffers.reset_obs, strict=True)]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Replays each environment's episode; present observations in `reset_obs`."""
+        for i, (env, state) in enumerate(zip(self._envs, states, strict=True)):
+            try:
+                if self._fresh_each_episode:
+                    env = self._rebuild(i)
+                obs = replay(env, self._logs[i], self._encoding, state, self._first + i)
+            except EnvError:
+                raise
+            except Exception as error:
+                raise EnvError(
+                    f"environment {self._first + i} raised {type(error).__name__} while its episode was replayed: "
+                    f"{error}; exact resume is impossible, start a new run instead"
+                ) from error
+            self._write_obs(self._buffers.reset_obs, i, obs)
+            self._episode_steps[i] = len(state["actions"])
+            self._seeds[i] = None
+        self._buffers.valid[:] = True
+
+    def close(self) -> None:
+        """Closes all environments."""
+        while self._envs:
+            self._envs.pop().close()
+
+    def _begin(self, i: int) -> None:
+        env, seed, rng = self._envs[i], self._seeds[i], None
+        try:
+            if self._fresh_each_episode and seed is None:
+                rng = random_state(env)
+                env = self._rebuild(i)
+            obs = begin(env, self._logs[i], seed=seed, rng=rng)
+        except Exception as error:
+            raise EnvError(f"environment {self._first + i} raised {type(error).__name__} in reset: {error}") from error
+        self._seeds[i] = None
+        self._write_obs(self._buffers.reset_obs, i, obs)
+
+    def _rebuild(self, i: int) -> gymnasium.Env[Any, Any]:
+        self._envs[i].close()
+        self._envs[i] = make_single_env(self._config)
+        return self._envs[i]
+
+    def _write_obs(self, target: Array, i: int, obs: Any) -> None:
+        if type(obs) is np.ndarray and obs.shape == self._obs_shape and obs.dtype == self._obs_dtype:
+            target[i] = obs
+            return
+        given = f"{obs.dtype}{list(obs.shape)}" if isinstance(obs, np.ndarray) else f"a {type(obs).__name__}"
+        raise EnvError(
+            f"{self._where(i)} returned {given} as its observation, its observation_space says {self._obs_dtype}"
+            f"{list(self._obs_shape)}: return np.asarray(obs, dtype=np.{self._obs_dtype}) of that shape, or "
+            "declare the space as it is"
+        )
+
+    def _scalar(self, reward: Any, i: int) -> float:
+        if isinstance(reward, np.generic) or (isinstance(reward, np.ndarray) and reward.ndim == 0):
+            return float(reward)
+        given = f"an array of shape {reward.shape}" if hasattr(reward, "shape") else f"a {type(reward).__name__}"
+        raise EnvError(f"{self._where(i)} returned {given} as its reward: return a scalar, such as float(reward)")
+
+    def _check_finite(self, values: Array, what: str) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            i = int(np.flatnonzero(~finite.reshape(len(values), -1).all(axis=1))[0])
+            raise EnvError(
+                f"{self._where(i)} gave a {what} that is not finite ({values[i].tolist()}): the simulation diverged or "
+                "the environment divides by zero; fix it there, nothing downstream has used the value"
+            )
+
+    def _where(self, i: int) -> str:
+        return f"environment {self._first + i}, step {self._episode_steps[i]} of its episode,"
+
+
+def check_same_spaces(expected: EnvSpaces, found: EnvSpaces, expected_index: int, index: int) -> None:
+    """Raises `EnvError` if two environments of a batch differ in their spaces."""
+    for what in ("declared", "action"):
+        a, b = getattr(expected, what), getattr(found, what)
+        if a != b:
+            kind = "observation" if what == "declared" else what
+            raise EnvError(
+                f"environments {expected_index} and {index} have different {kind} spaces, {a} and {b}: all "
+                "environments of a batch must agree; remove what is random in env.kwargs or the constructor"
+            )
+
+
+def _spaces_of(env: gymnasium.Env[Any, Any]) -> EnvSpaces:
+    return EnvSpaces(row_space(env.observation_space), env.observation_space, env.action_space)

@@ -1,0 +1,91 @@
+"""One Gymnasium environment from its settings: found, built, wrapped, checked, with flat observations."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+import gymnasium
+from gymnasium.error import DependencyNotInstalled, UnregisteredEnv
+from gymnasium.wrappers import FlattenObservation
+
+from trpo.config import EnvConfig, WrapperConfig
+from trpo.envs.spaces import ActionEncoding, check_observation_space, is_flat
+from trpo.errors import EnvError
+
+
+def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
+    """Builds `config.id` with its kwargs and wrappers; observations that are no flat vector are flattened.
+
+    Args:
+        config: `num_envs`, `backend` and the worker settings play no part here.
+        render_mode: As in `gymnasium.make`; overrides the one in `config.kwargs`.
+
+    Raises:
+        EnvError: Unknown id (with near matches), missing package, failing constructor or wrapper, unsupported space.
+    """
+    env = _make(config, render_mode)
+    for index, wrapper in enumerate(config.wrappers):
+        env = _wrap(env, wrapper, f"env.wrappers[{index}]")
+    ActionEncoding.of(env.action_space, config.id)
+    check_observation_space(env.observation_space, config.id)
+    return env if is_flat(env.observation_space) else FlattenObservation(env)
+
+
+def _make(config: EnvConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]:
+    # Our own checks (see EnvShard) raise where Gymnasium's passive checker only warns, and cost less.
+    kwargs = {**config.kwargs, "disable_env_checker": True}
+    if render_mode is not None:
+        kwargs["render_mode"] = render_mode
+    try:
+        return gymnasium.make(config.id, **kwargs)
+    except UnregisteredEnv as error:
+        raise EnvError(_unknown_id(config.id, error)) from error
+    except DependencyNotInstalled as error:
+        raise EnvError(_missing_package(config.id, error)) from error
+    except Exception as error:
+        raise EnvError(_failure(config, error)) from error
+
+
+def _unknown_id(env_id: str, error: Exception) -> str:
+    name = env_id.rpartition(":")[2]
+    near = difflib.get_close_matches(name, gymnasium.registry.keys(), n=3)
+    if near:
+        return f"env.id: no environment {env_id!r} is registered; did you mean {' or '.join(near)}?"
+    return (
+        f"env.id: no environment {env_id!r} is registered; if a package registers it, write `module:{name}` ({error})"
+    )
+
+
+def _missing_package(env_id: str, error: Exception) -> str:
+    spec = gymnasium.registry.get(env_id.rpartition(":")[2])
+    entry_point = str(spec.entry_point) if spec is not None else ""
+    for extra in ("mujoco", "box2d"):
+        if f".{extra}." in entry_point or f".{extra}:" in entry_point:
+            return f"{env_id} needs a package that is not installed: pip install 'trpo[{extra}]' ({error})"
+    return f"{env_id} needs a package that is not installed: {error}"
+
+
+def _failure(config: EnvConfig, error: Exception) -> str:
+    module, colon, _ = config.id.partition(":")
+    if colon and isinstance(error, ImportError):
+        return f"env.id: the module {module!r} of {config.id!r} cannot be imported: {error}"
+    return f"{config.id} cannot be built with env.kwargs {config.kwargs}: {type(error).__name__}: {error}"
+
+
+def _wrap(env: gymnasium.Env[Any, Any], wrapper: WrapperConfig, key: str) -> gymnasium.Env[Any, Any]:
+    module, _, name = wrapper.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise EnvError(f"{key}.name: {wrapper.name!r} cannot be imported: {error}") from error
+    try:
+        wrapped = factory(env, **wrapper.kwargs)
+    except Exception as error:
+        raise EnvError(
+            f"{key}: {wrapper.name} cannot be built with kwargs {wrapper.kwargs}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(wrapped, gymnasium.Env):
+        raise EnvError(f"{key}.name: {wrapper.name} gave a {type(wrapped).__name__}, not a gymnasium.Env")
+    return wrapped

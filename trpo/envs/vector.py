@@ -1,0 +1,170 @@
+"""`VectorEnvAdapter`: any `gymnasium.vector.VectorEnv`, in any autoreset mode, as a `BatchEnv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces.utils import flatten
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from trpo.envs.contract import Step
+from trpo.envs.gymnasium import as_step, native_actions
+from trpo.envs.shard import EnvSpaces, StepBuffers
+from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
+from trpo.errors import EnvError
+
+
+class VectorEnvAdapter:
+    """A Gymnasium vector environment, made by `gymnasium.make_vec` or by hand, with its autoreset settled.
+
+    NEXT_STEP: the row after an episode's end is a reset and no transition, so not valid. SAME_STEP: the successor at an
+    episode's end is `infos["final_obs"]`. DISABLED: ended environments are reset here, in the same step.
+    A vector environment cannot be restored: `state_dict` is empty and `load_state_dict` starts new episodes.
+
+    Args:
+        vector_env: Closed by `close`.
+        seed: Given to the first reset only: one for all, or where the environment takes it one for each.
+
+    Raises:
+        EnvError: A space is not supported, or the autoreset mode is not declared in `metadata`.
+    """
+
+    exact_resume = False
+
+    def __init__(self, vector_env: VectorEnv[Any, Any, Any], seed: int | Sequence[int] | None = None) -> None:
+        name = type(vector_env.unwrapped).__name__
+        self._env = vector_env
+        self._seed = seed
+        self._mode = _autoreset_mode(vector_env, name)
+        self._raw_space = vector_env.single_observation_space
+        check_observation_space(self._raw_space, name)
+        self._encoding = ActionEncoding.of(vector_env.single_action_space, name)
+        self.num_envs = vector_env.num_envs
+        self.device = torch.device("cpu")
+        self.autoreset = "next_step" if self._mode is AutoresetMode.NEXT_STEP else "same_step"
+        self.single_observation_space = row_space(self._raw_space)
+        self.single_action_space = vector_env.single_action_space
+        spaces = EnvSpaces(self.single_observation_space, self._raw_space, self.single_action_space)
+        self._buffers = StepBuffers.allocate(spaces, self.num_envs)
+        self._step = as_step(self._buffers)
+        self._steps = 0
+
+    def reset(self) -> Tensor:
+        """See `BatchEnv.reset`."""
+        seed, self._seed = self._seed, None
+        obs, _ = self._env.reset(seed=seed)  # type: ignore[arg-type]
+        self._write(self._buffers.reset_obs, obs)
+        self._buffers.terminated[:] = self._buffers.truncated[:] = False
+        self._buffers.valid[:] = True
+        self._check_finite(self._buffers.reset_obs, "first observation")
+        return self._step.reset_obs
+
+    def step(self, action: Tensor) -> Step:
+        """See `BatchEnv.step`."""
+        buffers = self._buffers
+        native = native_actions(self._encoding, action, self.num_envs)
+        is_reset = (buffers.terminated | buffers.truncated) & (self._mode is AutoresetMode.NEXT_STEP)
+        obs, reward, terminated, truncated, infos = self._env.step(self._encoding.batched(native))
+        self._steps += 1
+        for target, values in (
+            (buffers.reward, reward),
+            (buffers.terminated, terminated),
+            (buffers.truncated, truncated),
+        ):
+            _copy(target, values)
+        np.logical_not(is_reset, out=buffers.valid)
+        buffers.reward[is_reset] = 0.0
+        buffers.terminated[is_reset] = buffers.truncated[is_reset] = False
+        self._settle(obs, buffers.terminated | buffers.truncated, infos)
+        for values, what in (
+            (buffers.reward, "reward"),
+            (buffers.next_obs, "observation"),
+            (buffers.reset_obs, "first observation"),
+        ):
+            self._check_finite(values, what)
+        return self._step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: a vector environment cannot be restored (`exact_resume` is False)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        """Starts new episodes, since nothing can be restored."""
+        return self.reset()
+
+    def close(self) -> None:
+        """See `BatchEnv.close`."""
+        self._env.close()
+
+    def _settle(self, obs: Any, done: Array, infos: dict[str, Any]) -> None:
+        """Writes the true successors, what to act on next, and the success of the episodes that ended."""
+        buffers = self._buffers
+        self._write(buffers.next_obs, obs)
+        np.copyto(buffers.reset_obs, buffers.next_obs)
+        buffers.success[:] = np.nan
+        if not done.any():
+            return
+        last_infos = infos
+        if self._mode is AutoresetMode.SAME_STEP:
+            self._write_final(infos, done)
+            last_infos = infos.get("final_info", {})
+        elif self._mode is AutoresetMode.DISABLED:
+            first_obs, _ = self._env.reset(options={"reset_mask": done.copy()})
+            buffers.reset_obs[done] = self._rows(first_obs)[done]
+        if "is_success" in last_infos:
+            reported = done & np.asarray(last_infos.get("_is_success", True), bool)
+            buffers.success[reported] = np.asarray(last_infos["is_success"])[reported]
+
+    def _write_final(self, infos: dict[str, Any], done: Array) -> None:
+        final = infos.get("final_obs")
+        for i in np.flatnonzero(done):
+            if final is None or final[i] is None:
+                raise EnvError(
+                    f"environment {i} ended an episode without infos['final_obs'], though the vector environment "
+                    "declares AutoresetMode.SAME_STEP: report it there, or declare the mode it has"
+                )
+            self._buffers.next_obs[i] = flatten(self._raw_space, final[i])
+
+    def _rows(self, obs: Any) -> Array:
+        return flatten_batch(self._raw_space, obs, self.num_envs)
+
+    def _write(self, target: Array, obs: Any) -> None:
+        rows = self._rows(obs)
+        if rows.shape != target.shape or (is_flat(self._raw_space) and rows.dtype != self._raw_space.dtype):
+            raise EnvError(
+                f"the vector environment returned observations {rows.dtype}{list(rows.shape)}, its "
+                f"single_observation_space says {self._raw_space.dtype} and {list(target.shape)}: return that, or "
+                "declare the space as it is"
+            )
+        target[:] = rows
+
+    def _check_finite(self, values: Array, what: str) -> None:
+        bad = ~np.isfinite(values).reshape(self.num_envs, -1).all(axis=1)
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
+            raise EnvError(
+                f"environment {i} gave a {what} that is not finite ({values[i].tolist()}) at step {self._steps}: "
+                "fix it in the environment, nothing downstream has used the value"
+            )
+
+
+def _autoreset_mode(env: VectorEnv[Any, Any, Any], name: str) -> AutoresetMode:
+    declared = (env.metadata or {}).get("autoreset_mode")
+    try:
+        return AutoresetMode(declared)
+    except ValueError as error:
+        raise EnvError(
+            f"{name} declares autoreset_mode {declared!r}: set metadata['autoreset_mode'] to a member of "
+            "gymnasium.vector.AutoresetMode, since a wrong guess corrupts every episode's end"
+        ) from error
+
+
+def _copy(target: Array, values: Any) -> None:
+    array = np.asarray(values)
+    if array.shape != target.shape:
+        raise EnvError(f"the vector environment returned an array of shape {array.shape}, not {target.shape}")
+    target[:] = array

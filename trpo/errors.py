@@ -1,0 +1,32 @@
+"""Errors a user can act on, and the one place that turns them into an exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in input (argument, config, file, environment) with one line that says what to change."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, out of range or contradicts another."""
+
+
+class EnvError(UserError):
+    """An environment cannot be built, is not supported, or broke its contract while stepping."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or saved policy is missing, damaged, or does not fit."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command; a ``UserError`` becomes one line on stderr and exit status 2, without a traceback."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status or 0)

@@ -1,0 +1,319 @@
+"""Policy + environment → episode returns, and videos. Always on Gymnasium's own environments, rewards unscaled."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from trpo.config import EnvConfig
+from trpo.envs import make_single_env
+from trpo.envs.spaces import ActionEncoding
+from trpo.errors import EnvError, UserError
+from trpo.policy import Policy
+
+SIDE_BY_SIDE = 32  # episodes run together, and rows of every forward pass
+MAX_EPISODE_STEPS = 100_000  # an episode is cut here, lest one in an environment without a time limit never end
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Episode returns (sums of unscaled rewards), lengths in environment steps, and successes where reported."""
+
+    returns: list[float]
+    lengths: list[int]
+    successes: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.returns)
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation over episodes."""
+        return statistics.pstdev(self.returns)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.returns)
+
+    @property
+    def mean_length(self) -> float:
+        return statistics.fmean(self.lengths)
+
+    def metrics(self) -> dict[str, float]:
+        """Under the tags sb3 users know."""
+        out = {
+            "eval/mean_reward": self.mean,
+            "eval/std_reward": self.std,
+            "eval/median_reward": self.median,
+            "eval/mean_ep_length": self.mean_length,
+            "eval/episodes": float(len(self.returns)),
+        }
+        if self.successes:
+            out["eval/success_rate"] = statistics.fmean(self.successes)
+        return out
+
+    def __str__(self) -> str:
+        return (
+            f"return {self.mean:.1f} ± {self.std:.1f} (median {self.median:.1f}), "
+            f"length {self.mean_length:.0f}, {len(self.returns)} episodes"
+        )
+
+
+def evaluate(
+    policy: Policy,
+    env_config: EnvConfig,
+    action_space: spaces.Space[Any],
+    *,
+    episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    video: Path | None = None,
+) -> Evaluation:
+    """Runs `episodes` whole episodes, each in a new environment; the first is the same however many follow it.
+
+    Episode i is reset with `seed + i`, draws its action noise from a generator of that seed, and is row i mod
+    `SIDE_BY_SIDE` of a forward pass that always has that many rows, since the last bits of a matrix product depend on
+    its size. So an episode does not depend on those beside it. Episodes end at `MAX_EPISODE_STEPS` at the latest.
+
+    Args:
+        policy: its normaliser is used frozen.
+        env_config: `id`, `kwargs` and `wrappers` are used.
+        action_space: the space the policy was trained for; the environment's must be equal.
+        episodes: number of episodes, at least 1.
+        seed: of the first episode, not negative.
+        deterministic: act by the mode of the policy.
+        video: an mp4 file to write the first episode to: the first observation, and one frame a step.
+
+    Raises:
+        EnvError: the environment cannot be built, is not the policy's, or fails.
+        UserError: no video can be made.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes has to be at least 1, not {episodes}")
+    if video is not None:
+        render_headless()
+    returns: list[float] = []
+    lengths: list[int] = []
+    successes: list[float] = []
+    for first in range(0, episodes, SIDE_BY_SIDE):
+        seeds = range(seed + first, seed + min(episodes, first + SIDE_BY_SIDE))
+        part = _side_by_side(policy, env_config, action_space, seeds, deterministic, None if first else video)
+        returns += part.returns
+        lengths += part.lengths
+        successes += part.successes
+    return Evaluation(returns, lengths, successes)
+
+
+def _side_by_side(
+    policy: Policy,
+    env_config: EnvConfig,
+    action_space: spaces.Space[Any],
+    seeds: Sequence[int],
+    deterministic: bool,
+    video: Path | None,
+) -> Evaluation:
+    envs: list[gymnasium.Env[Any, Any]] = []
+    try:
+        for i in range(len(seeds)):
+            envs.append(make_single_env(env_config, render_mode="rgb_array" if video and i == 0 else None))
+        _check_spaces(policy, envs[0], action_space)
+        with VideoWriter(video, envs[0]) as frames:
+            episodes = [_Episode(env, seed) for env, seed in zip(envs, seeds, strict=True)]
+            return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames)
+    finally:
+        for env in envs:
+            env.close()
+
+
+def _run(actor: _Actor, episodes: list[_Episode], frames: VideoWriter) -> Evaluation:
+    rows = torch.zeros(SIDE_BY_SIDE, actor.obs_dim, dtype=torch.float64)
+    obs = rows.numpy()
+    for i, episode in enumerate(episodes):
+        obs[i] = episode.reset()
+    frames.capture()
+    running = list(range(len(episodes)))
+    while running:
+        actions = actor(rows, running)
+        for i in running:
+            obs[i] = episodes[i].step(actions[i])
+            if i == 0:
+                frames.capture()
+        running = [i for i in running if not episodes[i].over]
+    return Evaluation(
+        [episode.total for episode in episodes],
+        [episode.length for episode in episodes],
+        [episode.success for episode in episodes if episode.success is not None],
+    )
+
+
+class _Episode:
+    """One episode of one environment, its reward summed."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], seed: int):
+        self.env = env
+        self.seed = seed
+        self.total = 0.0
+        self.length = 0
+        self.over = False
+        self.success: float | None = None
+
+    def reset(self) -> Any:
+        """First observation [D]."""
+        return self._checked("observation", self._call(self.env.reset, seed=self.seed)[0])
+
+    def step(self, action: Any) -> Any:
+        """Next observation [D]."""
+        obs, reward, terminated, truncated, info = self._call(self.env.step, action)
+        self.length += 1
+        self.total += float(self._checked("reward", reward))
+        self.over = bool(terminated or truncated) or self.length == MAX_EPISODE_STEPS
+        if self.over and "is_success" in info:
+            self.success = float(info["is_success"])
+        return self._checked("observation", obs)
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # whatever an environment raises, users see one kind
+            raise EnvError(f"{self._where()} raised {type(error).__name__}: {error}") from error
+
+    def _checked(self, what: str, value: Any) -> Any:
+        if not np.isfinite(value).all():
+            problem = "the simulation diverged or the environment divides by zero"
+            raise EnvError(f"{self._where()} gave a {what} that is not finite: {problem}")
+        return value
+
+    def _where(self) -> str:
+        return f"the environment, {self.length} steps into the episode with seed {self.seed},"
+
+
+class _Actor:
+    """Observations → actions as the environment takes them, each row by itself."""
+
+    def __init__(self, policy: Policy, action_space: spaces.Space[Any], seeds: Sequence[int], deterministic: bool):
+        self.policy = policy
+        self.obs_dim = policy.normalizer.moments.mean.shape[0]
+        self.encoding = ActionEncoding.of(action_space)
+        self.generators = None if deterministic else [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, obs: Tensor, running: list[int]) -> dict[int, Any]:
+        """Raw observations [SIDE_BY_SIDE, D] → the actions of the rows `running`."""
+        obs = obs.to(self.policy.theta.vector.device)
+        if self.generators is None:
+            encoded = self.policy.mode(obs)
+        else:
+            encoded = self.policy.sample(obs, self._noise(self.generators, running))
+        native = self.encoding.native(encoded.cpu().numpy()[running])
+        return {i: self.encoding.single(row) for i, row in zip(running, native, strict=True)}
+
+    def _noise(self, generators: list[torch.Generator], running: list[int]) -> Tensor:
+        # On the CPU, so that a seed gives the same noise whatever the device; ones where nothing runs.
+        theta = self.policy.theta.vector
+        draw = self.policy.distribution.noise
+        drawn = [draw(like=theta.new_empty(0, device="cpu"), generator=generators[i]) for i in running]
+        noise = drawn[0].new_ones(SIDE_BY_SIDE, *drawn[0].shape)
+        noise[running] = torch.stack(drawn)
+        return noise.to(theta.device)
+
+
+def _check_spaces(policy: Policy, env: gymnasium.Env[Any, Any], action_space: spaces.Space[Any]) -> None:
+    obs_dim = policy.normalizer.moments.mean.shape[0]
+    if env.observation_space.shape != (obs_dim,):
+        raise EnvError(
+            f"the environment's observations have shape {env.observation_space.shape}, the policy was trained on "
+            f"{(obs_dim,)}; give the environment it was trained on"
+        )
+    if env.action_space != action_space:
+        raise EnvError(
+            f"the environment's action space {env.action_space} is not the policy's {action_space}; give the "
+            "environment it was trained on"
+        )
+
+
+class VideoWriter:
+    """Writes the frames of one environment to an mp4 file, at the environment's own frame rate.
+
+    The file appears when all of it is written. Without a path, does nothing.
+    """
+
+    def __init__(self, path: Path | None, env: gymnasium.Env[Any, Any]):
+        self.path = path
+        self.env = env
+
+    def __enter__(self) -> Self:
+        if self.path is None:
+            return self
+        if self.path.suffix != ".mp4":
+            raise UserError(f"{self.path}: a video file has to end in .mp4")
+        self._partial = self.path.with_name(f".{self.path.stem}.partial-{os.getpid()}.mp4")
+        try:
+            import imageio.v2 as imageio
+
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fps = self.env.metadata.get("render_fps", 30)
+            self._writer = imageio.get_writer(self._partial, format="FFMPEG", fps=fps, macro_block_size=2)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"videos need a package that is missing ({error}): pip install 'trpo[video]'") from error
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        return self
+
+    def capture(self) -> None:
+        """Renders and appends one frame."""
+        if self.path is None:
+            return
+        try:
+            frame = self.env.render()
+        except Exception as error:  # rendering back ends raise errors of many kinds
+            raise UserError(
+                f"the environment cannot be rendered here ({type(error).__name__}: {error}); on a machine without a "
+                "screen MuJoCo needs an off-screen library: apt-get install libegl1, or libosmesa6 with "
+                "MUJOCO_GL=osmesa"
+            ) from error
+        if not isinstance(frame, np.ndarray):
+            raise UserError("the environment has no rgb_array rendering; it cannot be recorded")
+        try:
+            self._writer.append_data(frame)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {str(error).splitlines()[0]}") from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.path is None:
+            return
+        self._writer.close()
+        if error is None:
+            os.replace(self._partial, self.path)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+def render_headless() -> None:
+    """Chooses off-screen rendering where there is no screen. Call before environments are made.
+
+    MuJoCo's import fails if it is told to use a library that is missing, so only what is there is chosen: EGL, which
+    uses a GPU if it can, else OSMesa. What the user has set stays.
+    """
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would be printed amid the output of scripts
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        return
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    for library, backend in (("EGL", "egl"), ("OSMesa", "osmesa")):
+        if ctypes.util.find_library(library):
+            os.environ.setdefault("MUJOCO_GL", backend)
+            return

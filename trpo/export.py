@@ -1,0 +1,166 @@
+"""A saved policy → ONNX: one file with the normaliser and the action bounds inside, checked before it is there."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trpo.distributions import DiagonalGaussian
+from trpo.envs.spaces import ActionEncoding
+from trpo.errors import UserError
+from trpo.saved_policy import SavedPolicy
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+CHECK_SIZES = (1, 5, 64)  # batch sizes of the round trip
+TOLERANCE = 1e-4  # of the round trip, relative to the largest output: two float32 libraries differ by some 1e-6
+
+
+def export_onnx(saved: SavedPolicy, path: Path) -> None:
+    """Writes the deterministic policy as an ONNX model.
+
+    Input `observation` [N, D] float32, as the environment gives it; output `action` [N, …] as the environment takes it:
+    clipped to a Box space, counted from `start` in a Discrete one, in the space's shape and dtype. N is free.
+
+    The model is run on random and extreme observations and compared with `SavedPolicy.act` before it is moved to
+    `path`, over what may be there; on any error nothing is left.
+
+    Raises:
+        UserError: a package is missing, the file cannot be written, or the model does not act as the policy does.
+    """
+    _check_packages()
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(saved, partial)
+        problem = _difference(saved, partial.read_bytes())
+        if problem:
+            raise UserError(f"not exported: the ONNX model does not act as the policy does ({problem})")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class ActingPolicy(nn.Module):
+    """Observations [N, D] → actions as the environment takes them: what `SavedPolicy.act` does, in torch alone."""
+
+    def __init__(self, saved: SavedPolicy):
+        super().__init__()
+        encoding = ActionEncoding.of(saved.action_space)
+        self.normalizer = saved.policy.normalizer
+        self.network = saved.policy.network
+        self._mode = saved.policy.distribution.mode
+        self._shape = encoding.shape
+        self._dtype = torch.from_numpy(np.empty(0, encoding.dtype)).dtype
+        theta = saved.policy.theta.vector
+        self._low, self._high, self._start = (
+            None if bound is None else torch.as_tensor(bound).to(theta.device, dtype)
+            for bound, dtype in ((encoding.low, theta.dtype), (encoding.high, theta.dtype), (encoding.start, None))
+        )
+
+    def forward(self, observation: Tensor) -> Tensor:
+        action = self._mode(self.network(self.normalizer(observation)))
+        if self._low is not None and self._high is not None:
+            action = torch.maximum(torch.minimum(action, self._high), self._low)
+            if not self._dtype.is_floating_point:
+                action = action.round()
+        if self._start is not None:
+            action = action + self._start
+        return action.to(self._dtype).reshape(-1, *self._shape)
+
+
+def _check_packages() -> None:
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"ONNX export needs {name} ({error}): pip install 'trpo[export]'") from error
+
+
+def _write(saved: SavedPolicy, file: Path) -> None:
+    # Two rows: an exporter may take a batch of one for a constant.
+    example = torch.zeros(2, saved.obs_dim, device=saved.policy.theta.vector.device)
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+        warnings.simplefilter("ignore")  # about the exporter's own insides
+        program = torch.onnx.export(
+            ActingPolicy(saved).eval(),
+            (example,),
+            dynamo=True,
+            input_names=["observation"],
+            output_names=["action"],
+            dynamic_shapes={"observation": {0: torch.export.Dim("N")}},
+            verbose=False,
+        )
+        assert program is not None
+        program.save(file, external_data=False)
+
+
+class _quiet:
+    """Mutes a logger below the level of errors."""
+
+    def __init__(self, name: str):
+        self.logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def _difference(saved: SavedPolicy, model: bytes) -> str | None:
+    """How the model's actions differ from the policy's; None if they do not."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()]
+    if names != (["observation"], ["action"]):
+        return f"its inputs and outputs are {names}"
+    generator = np.random.default_rng(0)
+    for rows in CHECK_SIZES:
+        obs = _observations(saved, rows, generator)
+        (action,) = session.run(None, {"observation": obs})
+        expected = saved.act(obs)
+        if action.shape != expected.shape or action.dtype != expected.dtype:
+            return f"{action.dtype}{list(action.shape)} instead of {expected.dtype}{list(expected.shape)}"
+        wrong = _wrong_rows(saved, obs, action, expected)
+        if wrong.any():
+            row = int(wrong.argmax())
+            return f"{action[row].tolist()} instead of {expected[row].tolist()} in {wrong.sum()} of {rows} tests"
+    return None
+
+
+def _observations(saved: SavedPolicy, rows: int, generator: np.random.Generator) -> np.ndarray:
+    """Observations [rows, D] around those seen in training, and in turn 10, 1000 and a million times as far out."""
+    moments = saved.policy.normalizer.moments
+    mean, std = moments.mean.cpu().numpy(), moments.variance.sqrt().cpu().numpy()
+    reach = np.resize([1.0, 10.0, 1e3, 1e6], rows)[:, None]
+    return (mean + reach * np.maximum(std, 1e-3) * generator.standard_normal((rows, len(mean)))).astype(np.float32)
+
+
+@torch.inference_mode()
+def _wrong_rows(saved: SavedPolicy, obs: np.ndarray, action: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Which rows [N] of `action` differ by more than rounding explains."""
+    policy, encoding = saved.policy, ActionEncoding.of(saved.action_space)
+    eta = policy(policy.normalizer(torch.from_numpy(obs).to(policy.theta.vector.device))).cpu().double()
+    tolerance = TOLERANCE * eta.abs().amax(-1).clamp(min=1.0)
+    given, wanted = (torch.from_numpy(x.reshape(len(obs), -1).astype(np.float64)) for x in (action, expected))
+    if isinstance(policy.distribution, DiagonalGaussian):
+        # What an integer Box rounds may lie on either side of one half.
+        slack = 0.0 if encoding.dtype.kind == "f" else float(TOLERANCE)
+        error = (given - wanted).abs().amax(-1)
+        return (error > tolerance + slack).numpy()
+    # Between two choices that are equally likely to rounding, either is the mode.
+    start = 0 if encoding.start is None else torch.from_numpy(encoding.start)
+    log_prob: Any = policy.distribution.log_prob
+    return (log_prob(eta, wanted - start) - log_prob(eta, given - start) > tolerance).numpy()

@@ -1,0 +1,19 @@
+"""The natural-gradient update, usable on its own: Fisher products, conjugate gradients, line search, the TRPO step."""
+
+from trpo.natural_gradient.conjugate_gradient import CGSolution, CGStatus, conjugate_gradient
+from trpo.natural_gradient.fisher import fisher_product
+from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
+from trpo.natural_gradient.step import Outcome, StepReport, trust_region_step
+
+__all__ = [
+    "CGSolution",
+    "CGStatus",
+    "LineSearchResult",
+    "Outcome",
+    "Rejection",
+    "StepReport",
+    "backtracking_line_search",
+    "conjugate_gradient",
+    "fisher_product",
+    "trust_region_step",
+]

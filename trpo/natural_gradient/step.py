@@ -1,0 +1,204 @@
+"""The TRPO update: one natural-gradient step under a KL bound.
+
+    maximise  L(θ) = E[ π_θ(a|s)/π_old(a|s) · A(s, a) ]   subject to   E[ KL(π_old(·|s) ‖ π_θ(·|s)) ] ≤ δ
+
+    g = ∇L(θ_old)                      policy gradient
+    (F + λI) x = g                     natural gradient, by conjugate gradients
+    step = √(2δ / xᵀFx) · x            largest step within the quadratic model ½ sᵀFs ≤ δ of the KL
+    θ = θ_old + α · step               α by backtracking on the true surrogate and the true KL
+
+(Schulman et al. 2015, eq. 14, §6 and App. C; Kakade 2001.) Nothing here knows of environments or values: a policy, a
+batch of (observation, action, advantage) and a bound are all it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trpo.batch import Batch
+from trpo.config import LineSearchConfig, NaturalGradientConfig
+from trpo.distributions import Distribution
+from trpo.natural_gradient.conjugate_gradient import CGSolution, CGStatus, conjugate_gradient
+from trpo.natural_gradient.fisher import fisher_product
+from trpo.natural_gradient.line_search import LineSearchResult, backtracking_line_search
+from trpo.networks import Linearization
+from trpo.parameters import FlatParameters
+from trpo.reduction import AllSum, one_process
+
+
+class PolicyModel(Protocol):
+    """What a policy has to offer to be trained here."""
+
+    distribution: Distribution
+    theta: FlatParameters
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        """Distribution parameters η [B, K] for normalised observations [B, D]."""
+
+    def linearize(self, obs: Tensor) -> Linearization:
+        """η and its Jacobian at the current θ."""
+
+
+class Outcome(StrEnum):
+    """How an update ended. Everything but ACCEPTED leaves θ bitwise as it was."""
+
+    ACCEPTED = "accepted"
+    ZERO_GRADIENT = "zero gradient"
+    NONFINITE_GRADIENT = "non-finite gradient"
+    NONFINITE_PRODUCT = "non-finite Fisher-vector product"
+    NONPOSITIVE_CURVATURE = "non-positive curvature"
+    NO_CANDIDATE = "line search exhausted"
+    NONFINITE_STEP = "non-finite surrogate or KL"
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the update did; numbers that do not exist for an outcome are NaN."""
+
+    outcome: Outcome
+    max_kl: float
+    gradient_norm: float
+    step_norm: float = math.nan  # ‖α · step‖
+    expected_gain: float = math.nan  # first-order prediction at the accepted α
+    gain: float = math.nan  # surrogate improvement found
+    quadratic_kl: float = math.nan  # α²δ, the KL the quadratic model predicts
+    kl: float = math.nan  # true mean KL
+    scale: float = 0.0  # α
+    search: LineSearchResult | None = None
+    cg: CGSolution | None = None
+
+    @property
+    def accepted(self) -> bool:
+        return self.outcome is Outcome.ACCEPTED
+
+    @property
+    def reason(self) -> str:
+        """The outcome, with what the line search objected to."""
+        if self.search is None or not self.search.rejections or self.accepted:
+            return str(self.outcome)
+        return f"{self.outcome}: last candidate had {self.search.rejections[-1]}"
+
+
+@torch.no_grad()
+def trust_region_step(
+    policy: PolicyModel,
+    batch: Batch,
+    *,
+    max_kl: float,
+    settings: NaturalGradientConfig,
+    all_sum: AllSum = one_process,
+    generator: torch.Generator | None = None,
+) -> StepReport:
+    """Moves `policy` by one TRPO step on `batch`, or leaves it bitwise as it was and says why.
+
+    Args:
+        policy: at θ_old, the policy that collected the batch.
+        batch: samples of this process; advantages usually standardised over all processes.
+        max_kl: δ for this update (`settings.max_kl` may be a schedule; the caller evaluates it).
+        settings: damping, CG and line search.
+        all_sum: sums a tensor over processes; the identity for one.
+        generator: draws the Fisher subsample.
+    """
+    theta_old = policy.theta.vector.clone()
+    dist = policy.distribution
+    linearization = policy.linearize(batch.obs)
+    eta_old = linearization.output
+    count = float(all_sum(torch.tensor(float(len(batch.obs)), dtype=torch.float64)))
+
+    # At θ_old the ratio is 1, so ∇_η (ratio · A) is the score times A and the gradient is one vector-Jacobian product.
+    gradient = linearization.vjp(dist.score(eta_old, batch.action) * batch.advantage.unsqueeze(-1))
+    gradient = all_sum(gradient).div_(count)
+    gradient_norm = float(gradient.norm())
+    if not math.isfinite(gradient_norm):
+        return StepReport(Outcome.NONFINITE_GRADIENT, max_kl, gradient_norm)
+    if gradient_norm == 0:
+        return StepReport(Outcome.ZERO_GRADIENT, max_kl, gradient_norm)
+
+    fisher = _fisher(policy, linearization, batch, count, settings.fisher_subsample, all_sum, generator)
+    cg = conjugate_gradient(
+        lambda v: fisher(v).add_(v, alpha=settings.damping),
+        gradient,
+        max_iterations=settings.cg_iterations,
+        tolerance=settings.cg_tolerance,
+    )
+    if cg.status is CGStatus.NONFINITE:
+        return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
+    # xᵀFx without another product: Fx = g − residual − λx.
+    fx = gradient - cg.residual - settings.damping * cg.x
+    curvature = float(torch.dot(cg.x, fx))
+    if cg.iterations == 0 or not curvature > 0:
+        return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
+    step = math.sqrt(2 * max_kl / curvature) * cg.x
+    expected_gain = float(torch.dot(gradient, step))
+
+    log_prob_old = dist.log_prob(eta_old, batch.action)
+
+    def evaluate(scale: float) -> tuple[float, float]:
+        policy.theta.assign_(torch.add(theta_old, step, alpha=scale))
+        eta = policy(batch.obs)
+        log_ratio = dist.log_prob(eta, batch.action) - log_prob_old
+        gain = (torch.expm1(log_ratio) * batch.advantage).sum(dtype=torch.float64)
+        kl = dist.kl(eta_old, eta).sum(dtype=torch.float64)
+        gain_sum, kl_sum = all_sum(torch.stack([gain, kl])).tolist()
+        return gain_sum / count, kl_sum / count
+
+    search = _search(evaluate, settings.line_search, max_kl, expected_gain)
+    if not search.accepted:
+        policy.theta.assign_(theta_old)
+        outcome = Outcome.NO_CANDIDATE if settings.line_search.enabled else Outcome.NONFINITE_STEP
+        return StepReport(outcome, max_kl, gradient_norm, cg=cg, search=search)
+    return StepReport(
+        Outcome.ACCEPTED,
+        max_kl,
+        gradient_norm,
+        step_norm=search.scale * float(step.norm()),
+        expected_gain=search.scale * expected_gain,
+        gain=search.gain,
+        quadratic_kl=search.scale**2 * max_kl,
+        kl=search.kl,
+        scale=search.scale,
+        search=search,
+        cg=cg,
+    )
+
+
+def _fisher(
+    policy: PolicyModel,
+    linearization: Linearization,
+    batch: Batch,
+    count: float,
+    share: float,
+    all_sum: AllSum,
+    generator: torch.Generator | None,
+) -> Callable[[Tensor], Tensor]:
+    """The Fisher product over the batch or a random share of it; gradient and line search always see all of it."""
+    if share < 1:
+        total = len(batch.obs)
+        rows = torch.randperm(total, generator=generator)[: max(1, round(share * total))].to(batch.obs.device)
+        linearization = policy.linearize(batch.obs[rows])
+        count = float(all_sum(torch.tensor(float(len(rows)), dtype=torch.float64)))
+    return fisher_product(linearization, policy.distribution, count=count, all_sum=all_sum)
+
+
+def _search(
+    evaluate: Callable[[float], tuple[float, float]], settings: LineSearchConfig, max_kl: float, expected_gain: float
+) -> LineSearchResult:
+    """The line search, or with it disabled the plain natural policy gradient: the full step if it is finite."""
+    if settings.enabled:
+        return backtracking_line_search(
+            evaluate,
+            max_kl=max_kl,
+            expected_gain=expected_gain,
+            backtracks=settings.backtracks,
+            shrink=settings.shrink,
+            accept_ratio=settings.accept_ratio,
+        )
+    gain, kl = evaluate(1.0)
+    return LineSearchResult(1.0 if math.isfinite(gain) and math.isfinite(kl) else 0.0, gain, kl, 1, ())

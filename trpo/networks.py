@@ -1,0 +1,161 @@
+"""The multilayer perceptron, its initialisation, and linearisations: f(θ + v) ≈ f(θ) + Jv.
+
+A `Linearization` gives the output f(θ) [B, K] and the two products with the Jacobian J = ∂f/∂θ [B·K, P] from which
+gradients (Jᵀu) and Gauss-Newton products (JᵀMJv) are built. `MlpLinearization` does it in closed form from cached
+activations: one product costs four matrix passes and no graph. `AutogradLinearization` does it for any module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from trpo.parameters import split_like
+
+
+class Linearization(Protocol):
+    """f and its Jacobian at one θ and one batch of inputs."""
+
+    output: Tensor  # f(θ) [B, K], detached
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """Jv [B, K] for v [P]."""
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """Jᵀu [P] for u [B, K]: summed, not averaged, over the batch."""
+
+
+# Each activation with its derivative as a function of (input z, output h).
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "tanh": (torch.tanh, lambda z, h: 1 - h.square()),
+    "relu": (torch.relu, lambda z, h: (h > 0).to(h.dtype)),
+    "elu": (nn.functional.elu, lambda z, h: torch.where(h > 0, 1.0, h + 1)),
+    "silu": (nn.functional.silu, lambda z, h: z.sigmoid() * (1 + z - h)),
+}
+
+
+class MLP(nn.Module):
+    """Fully connected network: D → hidden sizes → K, linear output.
+
+    Orthogonal weights with gain √2 in hidden layers and `head_scale` in the last one, zero biases.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, activation: str, head_scale: float, generator: torch.Generator):
+        super().__init__()
+        self.activation = activation
+        layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+        self.layers = nn.ModuleList(layers)
+        for layer in layers:
+            gain = head_scale if layer is layers[-1] else math.sqrt(2)
+            nn.init.orthogonal_(layer.weight, gain, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """The layers, first to last."""
+        return [cast(nn.Linear, layer) for layer in self.layers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, D] → [B, K]."""
+        act = ACTIVATIONS[self.activation][0]
+        *hidden, head = self.layers
+        for layer in hidden:
+            x = act(layer(x))
+        return head(x)
+
+    def linearize(self, x: Tensor) -> MlpLinearization:
+        """Closed-form linearisation at the current θ for inputs x [B, D]; later changes of θ do not touch it."""
+        return MlpLinearization(self, x)
+
+
+class MlpLinearization:
+    """J of an `MLP` in closed form, from cached activations h and slopes σ′(z).
+
+    Forward mode carries dz_l = dh_{l−1} W_lᵀ + h_{l−1} dW_lᵀ + db_l; reverse mode is ordinary backpropagation. Work
+    buffers are made once and reused by every product. The vector layout is that of `MLP.parameters()`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, mlp: MLP, x: Tensor):
+        act, slope = ACTIVATIONS[mlp.activation]
+        self._shapes = [p.shape for p in mlp.parameters()]
+        # Copies: the line search moves θ while this object still describes θ_old.
+        self._weights = [layer.weight.detach().clone() for layer in mlp.linears]
+        self._inputs = [x]
+        self._slopes = []
+        *hidden, head = mlp.linears
+        for layer in hidden:
+            z = layer(self._inputs[-1])
+            h = act(z)
+            self._inputs.append(h)
+            self._slopes.append(slope(z, h))
+        self.output = head(self._inputs[-1])
+        self._tangents = [torch.empty_like(h) for h in self._inputs[1:]]
+        self._cotangents = [torch.empty_like(h) for h in self._inputs[1:]]
+
+    @torch.no_grad()
+    def jvp(self, v: Tensor) -> Tensor:
+        """Jv [B, K] for v [P]."""
+        parts = split_like(v, self._shapes)
+        tangent = None
+        for i, (d_weight, d_bias) in enumerate(zip(parts[0::2], parts[1::2], strict=True)):
+            out = self._tangents[i] if i < len(self._tangents) else torch.empty_like(self.output)
+            torch.addmm(d_bias, self._inputs[i], d_weight.T, out=out)
+            if tangent is not None:
+                out.addmm_(tangent, self._weights[i].T)
+            if i < len(self._slopes):
+                out.mul_(self._slopes[i])
+            tangent = out
+        assert tangent is not None
+        return tangent
+
+    @torch.no_grad()
+    def vjp(self, u: Tensor) -> Tensor:
+        """Jᵀu [P] for u [B, K]."""
+        result = u.new_empty(sum(shape.numel() for shape in self._shapes))
+        parts = split_like(result, self._shapes)
+        delta = u
+        for i in reversed(range(len(self._weights))):
+            torch.mm(delta.T, self._inputs[i], out=parts[2 * i])
+            torch.sum(delta, 0, out=parts[2 * i + 1])
+            if i:
+                delta = torch.mm(delta, self._weights[i], out=self._cotangents[i - 1])
+                delta.mul_(self._slopes[i - 1])
+        return result
+
+
+class AutogradLinearization:
+    """J of any module with respect to its parameters, by automatic differentiation.
+
+    Jᵀw is linear in w, so differentiating ⟨Jᵀw, v⟩ with respect to w gives Jv: reverse mode twice, no forward mode
+    needed from the module's operations. Both graphs are built once and kept for all products.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor):
+        # Copies: writing θ goes through views whose changes autograd does not see, and would falsify kept graphs.
+        copies = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+        self._parameters = list(copies.values())
+        with torch.enable_grad():
+            self._output = torch.func.functional_call(module, copies, (x,))
+            self._dual = torch.zeros_like(self._output, requires_grad=True)
+            pulled = torch.autograd.grad(
+                self._output, self._parameters, self._dual, create_graph=True, materialize_grads=True
+            )
+            self._pulled = torch.cat([p.reshape(-1) for p in pulled])
+        self.output = self._output.detach()
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """Jv [B, K] for v [P]."""
+        if not self._pulled.requires_grad:  # the output depends on no parameter
+            return torch.zeros_like(self.output)
+        return torch.autograd.grad(self._pulled, self._dual, v, retain_graph=True)[0]
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """Jᵀu [P] for u [B, K]."""
+        grads = torch.autograd.grad(self._output, self._parameters, u, retain_graph=True, materialize_grads=True)
+        return torch.cat([g.reshape(-1) for g in grads])

@@ -1,0 +1,128 @@
+"""Running mean and variance, and return-based reward scaling.
+
+Normalising is pure; statistics change only in `update`, which the trainer calls once per iteration, after everything
+that has to see one fixed policy is done.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trpo.reduction import AllSum, one_process
+
+EPSILON = 1e-8  # added to the variance: a constant feature divides by 1e-4, and is clipped
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all rows seen, in float64 (Chan, Golub & LeVeque 1979, eq. 2.1)."""
+
+    count: Tensor  # []
+    mean: Tensor  # [D]
+    m2: Tensor  # [D] sum of squared deviations
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("m2", torch.zeros(dim, dtype=torch.float64))
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance [D]; 1 before anything was seen."""
+        return torch.where(self.count > 0, self.m2 / self.count.clamp(min=1), 1.0)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor, *, all_sum: AllSum = one_process) -> None:
+        """Takes in rows [B, D], of all processes together (sums and counts are reduced, never means)."""
+        rows = rows.to(torch.float64)
+        # Shifted by the running mean, common to all processes, so that the sums lose no digits to cancellation.
+        shifted = rows - self.mean
+        total = all_sum(torch.cat([shifted.sum(0), shifted.new_full((1,), float(len(rows)))]))
+        count = total[-1]
+        if count == 0:
+            return
+        shift = total[:-1] / count
+        m2 = all_sum((shifted - shift).square().sum(0))
+        self.merge(count, self.mean + shift, m2)
+
+    @torch.no_grad()
+    def merge(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
+        """Takes in the moments of another set of rows."""
+        total = self.count + count
+        delta = mean - self.mean
+        self.m2.add_(m2 + delta.square() * (self.count * count / total))
+        self.mean.add_(delta * (count / total))
+        self.count.copy_(total)
+
+
+class ObservationNormalizer(nn.Module):
+    """x ↦ clip((x − mean) / √(variance + ε), ±clip), frozen between calls of `update`."""
+
+    shift: Tensor  # [D] in the network's dtype
+    scale: Tensor  # [D]
+
+    def __init__(self, dim: int, *, clip: float, dtype: torch.dtype, enabled: bool = True):
+        super().__init__()
+        self.enabled = enabled
+        self.clip = clip
+        self.moments = RunningMoments(dim)
+        self.register_buffer("shift", torch.zeros(dim, dtype=dtype), persistent=False)
+        self.register_buffer("scale", torch.ones(dim, dtype=dtype), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] in any dtype → normalised, in the network's dtype."""
+        x = x.to(self.shift.dtype)
+        if not self.enabled:
+            return x
+        return ((x - self.shift) * self.scale).clamp_(-self.clip, self.clip)
+
+    def update(self, rows: Tensor, *, all_sum: AllSum = one_process) -> None:
+        """Takes in observations [B, D] as the environment gave them."""
+        if self.enabled:
+            self.moments.update(rows, all_sum=all_sum)
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recomputes shift and scale from the moments."""
+        self.shift.copy_(self.moments.mean)
+        self.scale.copy_((self.moments.variance + EPSILON).rsqrt())
+
+
+class RewardScaler(nn.Module):
+    """r ↦ clip(r / √(variance of the running discounted return + ε), ±clip).
+
+    The return of each environment is G_t = γ G_{t−1} + r_t, started anew with each episode. Scaling changes neither the
+    policy's probabilities nor, since advantages are standardised, its gradient; it gives the value network targets of
+    order one.
+    """
+
+    returns: Tensor  # [N] G of the running episodes
+
+    def __init__(self, num_envs: int, *, gamma: float, clip: float, enabled: bool = True):
+        super().__init__()
+        self.enabled = enabled
+        self.gamma = gamma
+        self.clip = clip
+        self.moments = RunningMoments(1)
+        self.register_buffer("returns", torch.zeros(num_envs, dtype=torch.float64))
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """reward [...] → scaled."""
+        if not self.enabled:
+            return reward
+        return (reward / (self.moments.variance + EPSILON).sqrt()).clamp(-self.clip, self.clip)
+
+    @torch.no_grad()
+    def update(self, reward: Tensor, done: Tensor, valid: Tensor, *, all_sum: AllSum = one_process) -> None:
+        """Takes in rewards [T, N] with episode ends `done` [T, N]; rows that are no transition are left out."""
+        if not self.enabled:
+            return
+        history = torch.empty_like(reward, dtype=torch.float64)
+        for t in range(len(reward)):
+            self.returns.mul_(self.gamma).add_(reward[t] * valid[t])
+            history[t] = self.returns
+            self.returns.masked_fill_(done[t], 0.0)
+        self.moments.update(history[valid].unsqueeze(-1), all_sum=all_sum)

@@ -1,0 +1,257 @@
+"""Learning curves of runs, grouped over seeds."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trpo.config_file import load_config
+from trpo.errors import UserError
+from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE, read_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+CONFIG_FILE = "config.yaml"
+DEFAULT_METRIC = "rollout/ep_rew_mean"
+AXIS_LABELS = {
+    "rollout/ep_rew_mean": "mean return, training",
+    "rollout/ep_len_mean": "mean episode length, training",
+    "rollout/success_rate": "success rate, training",
+    "eval/mean_reward": "mean return, evaluation",
+    "eval/mean_ep_length": "mean episode length, evaluation",
+    "eval/success_rate": "success rate, evaluation",
+}
+
+GRID_POINTS = 200
+RESAMPLES = 2000
+MIN_SEEDS_FOR_BOOTSTRAP = 3  # of two values there are three resamples: no interval worth the name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One metric of one run."""
+
+    env_id: str
+    name: str
+    seed: int
+    env_steps: Array  # [K] increasing
+    values: Array  # [K] finite
+    source: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Mean over seeds with an interval, on the steps that all of them cover."""
+
+    env_steps: Array  # [G]
+    mean: Array  # [G]
+    low: Array  # [G]
+    high: Array  # [G]
+    interval: str  # what low and high are
+
+
+def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAULT_METRIC) -> None:
+    """Draws a metric against environment steps: one panel per environment, one colour per name, a mean over seeds.
+
+    The metric is looked for in `progress.csv`, then in `evaluations.csv`. Where several runs share environment, name
+    and seed, the longest counts: a repeated seed is not another sample.
+
+    Args:
+        directories: run directories, or directories that hold some at any depth.
+        output: image to write; its suffix (.png, .svg, .pdf) decides the format.
+        metric: a column of the tables, such as `eval/mean_reward`.
+
+    Raises:
+        UserError: there is no run, no such column, nothing measured, no matplotlib, or `output` cannot be written.
+    """
+    curves = [read_curve(run, metric) for run in find_runs(directories)]
+    measured = [curve for curve in curves if curve.values.size]
+    if not measured:
+        raise UserError(f"nothing to plot: {metric} has no value yet in {curves[0].source}")
+    figure = draw(longest_per_seed(measured), metric)
+    try:
+        figure.savefig(output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {output}: {error}") from error
+
+
+def find_runs(directories: Sequence[Path]) -> list[Path]:
+    """Run directories (those with `config.yaml` and `progress.csv`) at or below the given ones, sorted, each once.
+
+    Raises:
+        UserError: a directory does not exist or holds no run.
+    """
+    runs: dict[Path, Path] = {}
+    for directory in directories:
+        if not directory.is_dir():
+            raise UserError(f"no such run: {directory} is not a directory{_hint(directory)}")
+        here = [directory] if (directory / PROGRESS_FILE).is_file() else []
+        found = here or [path.parent for path in directory.rglob(PROGRESS_FILE)]
+        found = [run for run in found if (run / CONFIG_FILE).is_file()]
+        if not found:
+            raise UserError(f"no run in {directory}: a run's directory holds {CONFIG_FILE} and {PROGRESS_FILE}")
+        runs.update({run.resolve(): run for run in found})
+    return sorted(runs.values())
+
+
+def read_curve(run: Path, metric: str) -> Curve:
+    """One metric of one run; points that are empty or not finite are left out.
+
+    Raises:
+        UserError: a file is missing or damaged, or neither table has such a column.
+    """
+    config = load_config(run / CONFIG_FILE)
+    columns: list[str] = []
+    for path in (run / PROGRESS_FILE, run / EVALUATIONS_FILE):
+        if not path.is_file():
+            continue
+        header, rows = _read(path)
+        if metric in header[1:]:
+            points = _points(rows, header.index(metric), path)
+            return Curve(config.env.id, config.name, config.seed, points[:, 0], points[:, 1], path)
+        columns += header[1:]
+    raise UserError(f"no column {metric} in {run / PROGRESS_FILE}{_near(metric, columns)}")
+
+
+def longest_per_seed(curves: Sequence[Curve]) -> list[Curve]:
+    """Of curves with the same environment, name and seed the one that goes furthest, the last of equals."""
+    kept: dict[tuple[str, str, int], Curve] = {}
+    for curve in curves:
+        key = (curve.env_id, curve.name, curve.seed)
+        if (other := kept.get(key)) is not None:
+            curve, other = (curve, other) if curve.env_steps[-1] >= other.env_steps[-1] else (other, curve)
+            logger.warning("left out %s: %s has the same seed and is longer or newer", other.source, curve.source)
+        kept[key] = curve
+    return list(kept.values())
+
+
+def aggregate(curves: Sequence[Curve]) -> Band | None:
+    """Mean and interval over at least two curves, each interpolated linearly to a common grid of steps.
+
+    The interval is the 95 % bootstrap interval of the mean from three seeds on, below that the range of the values.
+    None for a single curve, and for curves that share no stretch of steps.
+    """
+    first, last = max(c.env_steps[0] for c in curves), min(c.env_steps[-1] for c in curves)
+    if len(curves) < 2 or first >= last:
+        return None
+    grid = np.linspace(first, last, GRID_POINTS)
+    values = np.stack([np.interp(grid, curve.env_steps, curve.values) for curve in curves])
+    if len(curves) < MIN_SEEDS_FOR_BOOTSTRAP:
+        low, high, interval = values.min(axis=0), values.max(axis=0), "min to max"
+    else:
+        (low, high), interval = bootstrap_interval(values), "95% bootstrap interval"
+    return Band(grid, values.mean(axis=0), low, high, interval)
+
+
+def bootstrap_interval(values: Array, *, coverage: float = 0.95) -> tuple[Array, Array]:
+    """Percentile bootstrap interval of the mean over seeds, the same at every call.
+
+    Args:
+        values: [S, G], S seeds at G steps. A seed is drawn as a whole, since its points depend on each other.
+        coverage: probability inside the interval, in (0, 1).
+    """
+    seeds = values.shape[0]
+    counts = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)  # [R, S]
+    tail = (1 - coverage) / 2
+    low, high = np.quantile(counts @ values / seeds, [tail, 1 - tail], axis=0)
+    return low, high
+
+
+def draw(curves: Sequence[Curve], metric: str) -> Figure:
+    """One panel per environment, readable at the width of a README.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install 'trpo[plot]'") from error
+    panels = _grouped(curves, lambda curve: curve.env_id)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    # No pyplot: a figure of its own has no window, no global state, and is drawn by Agg.
+    figure = Figure(figsize=(max(8.0, 4.5 * columns), 4.5 * rows), dpi=150, layout="constrained")
+    for index, (env_id, members) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_panel(axes, env_id, members, AXIS_LABELS.get(metric, metric))
+    return figure
+
+
+def _draw_panel(axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    for index, (name, members) in enumerate(_grouped(curves, lambda curve: curve.name).items()):
+        colour = f"C{index}"
+        band = aggregate(members)
+        if band is None:
+            label = f"{name}: 1 seed" if len(members) == 1 else f"{name}: {len(members)} seeds without common steps"
+        else:
+            label = f"{name}: mean of {len(members)} seeds, {band.interval}"
+            axes.fill_between(band.env_steps, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(band.env_steps, band.mean, color=colour, linewidth=2.0)
+        width, alpha = (2.0, 1.0) if len(members) == 1 else (0.7, 0.45)
+        for curve in members:
+            marker = "o" if curve.values.size == 1 else ""
+            axes.plot(curve.env_steps, curve.values, color=colour, linewidth=width, alpha=alpha, marker=marker)
+        axes.plot([], [], color=colour, linewidth=2.0, label=label)
+    axes.set_title(env_id, fontsize=14)
+    axes.set_xlabel("environment steps", fontsize=12)
+    axes.set_ylabel(measure, fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=10, loc="best", frameon=False)
+
+
+def _grouped(curves: Iterable[Curve], key: Callable[[Curve], str]) -> dict[str, list[Curve]]:
+    groups: dict[str, list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(key(curve), []).append(curve)
+    return groups
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        return read_table(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _points(rows: Iterable[list[str]], column: int, path: Path) -> Array:
+    """Steps and values [K, 2] of a column, without what is empty or not finite."""
+    try:
+        points = [(float(row[0]), float(row[column])) for row in rows if row[column]]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    return np.array([point for point in points if math.isfinite(point[1])], dtype=np.float64).reshape(-1, 2)
+
+
+def _near(metric: str, columns: Sequence[str]) -> str:
+    """What else there is: the nearest columns, or all of them where none is near."""
+    if near := difflib.get_close_matches(metric, columns, n=3):
+        return f"; did you mean {', '.join(near)}?"
+    return f"; there are {', '.join(columns)}" if columns else "; it holds no metric yet"
+
+
+def _hint(directory: Path) -> str:
+    """The nearest name beside a directory that does not exist."""
+    parent = directory.parent
+    names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(directory.name, names, n=1)
+    return f"; did you mean {parent / near[0]}?" if near else ""

@@ -1,0 +1,190 @@
+"""The policy: observation → distribution parameters → action."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from trpo.config import Config
+from trpo.distributions import DiagonalGaussian, Distribution, distribution_for
+from trpo.networks import MLP, AutogradLinearization, Linearization
+from trpo.normalizer import ObservationNormalizer
+from trpo.parameters import FlatParameters
+
+
+class Policy(nn.Module):
+    """π_θ(a|s), with the observation normaliser it was trained with inside.
+
+    `network` maps normalised observations [B, D] to the distribution parameters; for a Gaussian these pass through a
+    `GaussianHead`. Any module will do: one that offers `linearize` gets closed-form Fisher products, others autograd.
+
+    Attributes:
+        theta: all trainable parameters as one vector.
+    """
+
+    def __init__(self, network: nn.Module, distribution: Distribution, normalizer: ObservationNormalizer):
+        super().__init__()
+        self.network = network
+        self.normalizer = normalizer
+        self.distribution = distribution
+        self.theta = FlatParameters(self)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Normalised observations [B, D] → η [B, K]."""
+        return self.network(obs)
+
+    def linearize(self, obs: Tensor) -> Linearization:
+        """η and its Jacobian at the current θ for normalised observations [B, D]."""
+        closed_form = getattr(self.network, "linearize", None)
+        if closed_form is not None:
+            return cast(Linearization, closed_form(obs))
+        return AutogradLinearization(self.network, obs)
+
+    @torch.inference_mode()
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Raw observations [N, D] and noise of `distribution.noise` → actions [N, A], in the policy's encoding."""
+        return self.distribution.sample(self.network(self.normalizer(obs)), noise)
+
+    @torch.inference_mode()
+    def mode(self, obs: Tensor) -> Tensor:
+        """Raw observations [N, D] → the most likely actions [N, A], in the policy's encoding."""
+        return self.distribution.mode(self.network(self.normalizer(obs)))
+
+    def std(self) -> float:
+        """Mean standard deviation of a state-independent Gaussian policy; NaN for others."""
+        log_std = getattr(self.network, "log_std", None)
+        return float(log_std().exp().mean()) if callable(log_std) else math.nan
+
+
+class GaussianHead(nn.Module):
+    """Turns network outputs into η = (μ, log σ) with log σ kept in (log std_min, log std_max).
+
+    The bound is a scaled sigmoid, b(x) = lo + (hi − lo) · sigmoid(4 (x − mid) / (hi − lo)): slope 1 in the middle,
+    never 0, so that a σ at its bound can come back, as it could not from a clamp. x is a free vector [A] for a
+    state-independent σ, or the second half of the network's output.
+    """
+
+    def __init__(self, network: MLP, action_dim: int, *, initial_std: float, std_bounds: tuple[float, float]):
+        super().__init__()
+        self.network = network
+        self.action_dim = action_dim
+        self.low, self.high = (math.log(bound) for bound in std_bounds)
+        raw = self._unbound(math.log(initial_std))
+        self.state_dependent = network.linears[-1].out_features == 2 * action_dim
+        if self.state_dependent:
+            with torch.no_grad():
+                network.linears[-1].bias[action_dim:].fill_(raw)
+        else:
+            self.raw_log_std = nn.Parameter(torch.full((action_dim,), raw))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """[B, D] → η [B, 2A]."""
+        out = self.network(obs)
+        if self.state_dependent:
+            mean, raw = out.chunk(2, -1)
+            return torch.cat([mean, self._bound(raw)], -1)
+        return torch.cat([out, self._bound(self.raw_log_std).expand_as(out)], -1)
+
+    def log_std(self) -> Tensor:
+        """log σ [A] of a state-independent policy, NaN otherwise."""
+        if self.state_dependent:
+            return torch.full((self.action_dim,), math.nan)
+        return self._bound(self.raw_log_std.detach())
+
+    def linearize(self, obs: Tensor) -> GaussianLinearization:
+        """Closed-form linearisation, on top of the network's."""
+        return GaussianLinearization(self, obs)
+
+    def _squash(self, raw: Tensor) -> Tensor:
+        width, middle = self.high - self.low, 0.5 * (self.high + self.low)
+        return torch.sigmoid((raw - middle) * (4 / width))
+
+    def _bound(self, raw: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * self._squash(raw)
+
+    def bound_slope(self, raw: Tensor) -> Tensor:
+        """b′(x) ∈ (0, 1]."""
+        s = self._squash(raw)
+        return 4 * s * (1 - s)
+
+    def _unbound(self, log_std: float) -> float:
+        width, middle = self.high - self.low, 0.5 * (self.high + self.low)
+        s = (log_std - self.low) / width
+        return middle + width / 4 * math.log(s / (1 - s))
+
+
+class GaussianLinearization:
+    """J of a `GaussianHead`: the network's J with the rows of log σ multiplied by the slope of the bound.
+
+    With a free log σ vector, θ = (raw_log_std, network): a module's own parameters come before its children's.
+    """
+
+    @torch.no_grad()
+    def __init__(self, head: GaussianHead, obs: Tensor):
+        self._inner = head.network.linearize(obs)
+        self._free = 0 if head.state_dependent else head.action_dim
+        out = self._inner.output
+        if self._free:
+            self._slope = head.bound_slope(head.raw_log_std)
+            self.output = torch.cat([out, head._bound(head.raw_log_std).expand_as(out)], -1)
+        else:
+            mean, raw = out.chunk(2, -1)
+            self._slope = torch.cat([torch.ones_like(mean), head.bound_slope(raw)], -1)
+            self.output = torch.cat([mean, head._bound(raw)], -1)
+
+    @torch.no_grad()
+    def jvp(self, v: Tensor) -> Tensor:
+        inner = self._inner.jvp(v[self._free :])
+        if not self._free:
+            return inner * self._slope
+        return torch.cat([inner, (v[: self._free] * self._slope).expand_as(inner)], -1)
+
+    @torch.no_grad()
+    def vjp(self, u: Tensor) -> Tensor:
+        if not self._free:
+            return self._inner.vjp(u * self._slope)
+        u_mean, u_log_std = u.chunk(2, -1)
+        return torch.cat([u_log_std.sum(0) * self._slope, self._inner.vjp(u_mean.contiguous())])
+
+
+def build_policy(
+    config: Config,
+    observation_space: spaces.Box,
+    action_space: spaces.Space,
+    *,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Policy:
+    """The policy of a config for flat observations [D] and any supported action space, freshly initialised."""
+    settings, dtype = config.policy, getattr(torch, config.dtype)
+    distribution = distribution_for(action_space)
+    obs_dim = observation_space.shape[0]
+    gaussian = isinstance(distribution, DiagonalGaussian)
+    out = distribution.action_dim if gaussian and not settings.state_dependent_std else distribution.param_dim
+    mlp = MLP(
+        [obs_dim, *settings.hidden_sizes, out],
+        activation=settings.activation,
+        head_scale=settings.mean_head_scale,
+        generator=generator,
+    )
+    network: nn.Module = mlp
+    if gaussian:
+        network = GaussianHead(
+            mlp,
+            distribution.action_dim,
+            initial_std=settings.initial_std,
+            std_bounds=(settings.std_min, settings.std_max),
+        )
+    normalizer = build_normalizer(config, obs_dim)
+    return Policy(network.to(device, dtype), distribution, normalizer.to(device))
+
+
+def build_normalizer(config: Config, obs_dim: int) -> ObservationNormalizer:
+    settings = config.normalize
+    return ObservationNormalizer(
+        obs_dim, clip=settings.clip_observations, dtype=getattr(torch, config.dtype), enabled=settings.observations
+    )

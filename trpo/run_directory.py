@@ -1,0 +1,277 @@
+"""A run's directory: where it lies, what is recorded at its start, who may write to it, and which one to resume."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from trpo.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
+from trpo.config import Config
+from trpo.config_file import dump_config, load_config
+from trpo.errors import CheckpointError, UserError
+
+_PACKAGES = ("trpo", "torch", "numpy", "gymnasium", "mujoco")
+_ABSENT = object()
+_held_locks: set[int] = set()  # file descriptors
+
+
+class RunDirectoryError(UserError):
+    """A run's directory cannot be made or is in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """`runs/<environment>/<name>-s<seed>-<stamp>/`. TensorBoard events and CSV files lie in `path` itself."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def meta_file(self) -> Path:
+        return self.path / "meta.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def videos(self) -> Path:
+        return self.path / "videos"
+
+    @classmethod
+    def create(cls, root: Path, config: Config) -> RunDirectory:
+        """Makes a new directory under `root`, never an existing one, and records config and circumstances in it.
+
+        The stamp is the time in UTC, so that runs sort by age whatever the machine's zone; runs of the same second get
+        `-2`, `-3` …. `best` and `final` do not exist until they are saved.
+
+        Raises:
+            RunDirectoryError: nothing can be made there (read-only, a file in the way, disk full).
+        """
+        now = datetime.now(UTC)
+        parent = root / _file_name(config.env.id)
+        name = f"{config.name}-s{config.seed}-{now:%Y%m%d-%H%M%S}"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            run = cls(_make_exclusively(parent, name))
+            with _removed_on_failure(run.path):
+                run.checkpoints.mkdir()
+                run.videos.mkdir()
+                write_durably(run.meta_file, json.dumps(_meta(config, now), indent=2).encode())
+                write_durably(run.config_file, dump_config(config).encode())
+                sync_directory(run.path)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise RunDirectoryError(f"cannot make a run in {root}: {reason}; choose another directory") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run.
+
+        Raises:
+            CheckpointError: `path` is not a run.
+        """
+        run = cls(path)
+        if not run.config_file.is_file():
+            problem = "has no config.yaml" if path.is_dir() else "is not a directory"
+            raise CheckpointError(f"{path} is not a run: it {problem}; give a directory made by training")
+        return run
+
+    def lock(self) -> RunLock:
+        """Makes this process the only one that writes here, until `release`, the end of `with`, or its death.
+
+        Having it, removes what a killed predecessor left half written in the directory.
+
+        Raises:
+            RunDirectoryError: another process has it, or the file system does not support locks.
+        """
+        lock = RunLock(self.path)
+        with contextlib.suppress(OSError):  # leftovers only cost space
+            remove_stale(self.path)
+        return lock
+
+
+class RunLock:
+    """An exclusive lock on a run's directory, held by the process and not by its forks."""
+
+    def __init__(self, directory: Path) -> None:
+        file = directory / ".lock"
+        try:
+            self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot lock the run {directory}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            owner = os.pread(self._descriptor, 20, 0).decode(errors="replace") or "(unknown)"
+            os.close(self._descriptor)
+            if isinstance(error, BlockingIOError):
+                message = f"the run {directory} is in use by process {owner}; stop it or start another run"
+            else:
+                message = f"cannot lock the run {directory}: {error.strerror}"
+            raise RunDirectoryError(message) from error
+        _held_locks.add(self._descriptor)
+
+    def release(self) -> None:
+        """Lets the next process in. May be called twice; does nothing in a fork."""
+        if self._descriptor in _held_locks:
+            _held_locks.remove(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def find_run(root: Path, config: Config) -> Path | None:
+    """The newest run under `root` of the same environment, name and seed that has a checkpoint; None without one.
+
+    Raises:
+        CheckpointError, ConfigError: a run that may be the one cannot be read.
+        RunDirectoryError: the directory of runs cannot be read.
+    """
+    parent = root / _file_name(config.env.id)
+    pattern = re.compile(rf"{re.escape(config.name)}-s{config.seed}-(\d{{8}}-\d{{6}})(?:-(\d+))?")
+    try:
+        names = os.listdir(parent) if parent.is_dir() else []
+    except OSError as error:
+        raise RunDirectoryError(f"cannot look for runs in {parent}: {error.strerror}") from error
+    matches = [match for name in names if (match := pattern.fullmatch(name))]
+    for match in sorted(matches, key=lambda match: (match[1], int(match[2] or 1)), reverse=True):
+        path = parent / match[0]
+        if not checkpoint_paths(path / "checkpoints"):
+            continue
+        # Two environment ids can share a file name, so the id is compared where it is written in full.
+        if load_config(RunDirectory.open(path).config_file).env.id == config.env.id:
+            return path
+    return None
+
+
+def config_difference(saved: Config, given: Config) -> list[str]:
+    """One line for each setting that differs, as `natural_gradient.max_kl: 0.01 → 0.02`, in the order of the config."""
+    return _difference(saved.model_dump(by_alias=True), given.model_dump(by_alias=True), "")
+
+
+def _difference(saved: Any, given: Any, key: str) -> list[str]:
+    if isinstance(saved, dict) and isinstance(given, dict):
+        prefix = f"{key}." if key else ""
+        return [
+            line
+            for name in {**saved, **given}
+            for line in _difference(saved.get(name, _ABSENT), given.get(name, _ABSENT), f"{prefix}{name}")
+        ]
+    if saved == given and type(saved) is type(given):
+        return []
+    return [f"{key}: {_shown(saved)} → {_shown(given)}"]
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _file_name(env_id: str) -> str:
+    """An environment id as one component of a path: `module:Env-v0` → `module-Env-v0`."""
+    return re.sub(r"[^\w.-]+", "-", env_id).lstrip(".") or "environment"
+
+
+def _make_exclusively(parent: Path, name: str) -> Path:
+    for number in count(1):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _removed_on_failure(path: Path) -> Any:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _meta(config: Config, started: datetime) -> dict[str, Any]:
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "device": config.device,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": _git_state(Path(__file__).resolve().parent),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(package: Path) -> dict[str, Any] | None:
+    """Revision of the checkout the source lies in; None if git does not track it (an installed copy, say)."""
+    tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
+    revision = _git(package, "rev-parse", "HEAD")
+    changes = _git(package, "status", "--porcelain", "--untracked-files=no")
+    if not tracked or not revision or changes is None:
+        return None
+    return {"revision": revision, "dirty": bool(changes)}
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """Output of a git command that changes nothing; None if there is no git, no repository, or no answer."""
+    # In a hook, git's own variables name the repository it runs for, whatever the directory.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
+    command = ["git", "-C", str(directory), *arguments]
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _close_locks_in_fork() -> None:
+    # A forked environment worker that outlives its trainer would otherwise keep the run locked.
+    for descriptor in _held_locks:
+        os.close(descriptor)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks_in_fork)

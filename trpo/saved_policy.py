@@ -1,0 +1,235 @@
+"""A trained policy as a directory of its own, such as a run's `final/` and `best/`: safetensors and JSON, no code.
+
+What it holds was perhaps made by somebody else. It is read as numbers and text; that its settings may name code to
+import (a module that registers the environment, wrappers) matters first when an environment is built from them, which
+is why that is asked for separately: `SavedPolicy.environment`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from trpo.checkpoint import MANIFEST_FILE, load_state, save_state
+from trpo.config import Config, EnvConfig
+from trpo.distributions import DiagonalGaussian, distribution_for
+from trpo.envs.spaces import ActionEncoding
+from trpo.errors import CheckpointError
+from trpo.policy import Policy, build_policy
+
+KIND = "trpo policy"
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """A policy ready to act, with the settings and figures of the run it came from."""
+
+    policy: Policy
+    config: Config
+    action_space: spaces.Space[Any]
+    info: dict[str, Any]  # env_steps, seed, evaluation figures
+    path: Path  # the policy directory it was read from
+
+    @property
+    def obs_dim(self) -> int:
+        """D, the length of a flat observation."""
+        return self.policy.normalizer.moments.mean.shape[0]
+
+    def environment(self, *, trust_code: bool = False) -> EnvConfig:
+        """The settings of the environment it was trained in, to build that from.
+
+        Args:
+            trust_code: allow settings that make Python import a module they name. Only for policies whose origin you
+                trust: importing a module runs it.
+
+        Raises:
+            CheckpointError: the settings name code, and `trust_code` is off.
+        """
+        env = self.config.env
+        named = None if trust_code else next(_named_code(env), None)
+        if named is not None:
+            raise CheckpointError(
+                f"{self.path}: its {named} may make Python import code that the policy names; if you trust its "
+                "origin, allow that with --trust-code (in Python: trust_code=True)"
+            )
+        return env
+
+    def act(
+        self, observation: np.ndarray, *, deterministic: bool = True, generator: torch.Generator | None = None
+    ) -> Any:
+        """Actions as the environment takes them: clipped to a Box space, counted from `start` in a Discrete one.
+
+        Args:
+            observation: [D] or [N, D], flat, not normalised.
+            deterministic: the mode of the policy; otherwise a sample.
+            generator: source of the samples, on the CPU; torch's own by default.
+
+        Returns:
+            One action in the space's shape and dtype (numpy array, or numpy integer for Discrete); N of them stacked
+            along a first axis for [N, D].
+
+        Raises:
+            ValueError: the observation has another shape.
+            EnvError: the action is not finite, because the observation was not.
+        """
+        observation = np.asarray(observation)
+        if observation.ndim not in (1, 2) or observation.shape[-1] != self.obs_dim:
+            expected = f"[{self.obs_dim}] or [N, {self.obs_dim}]"
+            raise ValueError(f"observation has shape {list(observation.shape)}; expected {expected}")
+        batch = torch.tensor(np.atleast_2d(observation)).to(self.policy.theta.vector.device)
+        noise = None if deterministic else self._noise(len(batch), generator)
+        encoded = self.policy.mode(batch) if noise is None else self.policy.sample(batch, noise)
+        encoding = ActionEncoding.of(self.action_space)
+        native = encoding.native(encoded.cpu().numpy())
+        return encoding.batched(native) if observation.ndim == 2 else encoding.single(native[0])
+
+    def _noise(self, rows: int, generator: torch.Generator | None) -> Tensor:
+        # Drawn on the CPU, so that a seed gives the same actions whatever the device.
+        theta = self.policy.theta.vector
+        noise = self.policy.distribution.noise(rows, like=theta.new_empty(0, device="cpu"), generator=generator)
+        return noise.to(theta.device)
+
+
+def save_policy(
+    path: Path, policy: Policy, config: Config, action_space: spaces.Space[Any], info: dict[str, Any]
+) -> None:
+    """Writes a policy directory, replacing an older one safely.
+
+    Raises:
+        CheckpointError: the disk refuses; an older policy there is intact.
+    """
+    state = {
+        "kind": KIND,
+        "config": config.model_dump(mode="json", by_alias=True),
+        "obs_dim": policy.normalizer.moments.mean.shape[0],
+        "action_space": encode_space(action_space),
+        "policy": dict(policy.state_dict()),
+        "info": info,
+    }
+    save_state(path, state, replace=True)
+
+
+def load_policy(path: str | Path, *, device: str = "cpu") -> SavedPolicy:
+    """Opens a policy directory, or the `final/` (else `best/`) policy of a run directory.
+
+    Args:
+        path: the directory.
+        device: where the policy computes, as torch names it.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or not a policy.
+    """
+    directory = _policy_directory(Path(path))
+    on = torch.empty(0, device=device).device  # a device that does not exist is not the file's fault
+    state = load_state(directory)
+    kind = state.get("kind", "training checkpoint") if isinstance(state, dict) else "something else"
+    if kind != KIND:
+        raise CheckpointError(f"{directory} holds a {str(kind)[:40]!r}, not a policy; give a run or its final/")
+    try:
+        return _restore(state, directory, on)
+    except Exception as error:  # a trust boundary: hostile values raise anything, and users see one kind
+        first_line = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise CheckpointError(f"{directory} is not a policy this version can open ({first_line})") from error
+
+
+def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
+    """An action space as plain data."""
+    if isinstance(space, spaces.Box):
+        return {"type": "Box", "low": space.low, "high": space.high, "dtype": str(space.dtype)}
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {"type": "MultiDiscrete", "nvec": space.nvec, "start": space.start, "dtype": str(space.dtype)}
+    if isinstance(space, spaces.MultiBinary):
+        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else [int(n) for n in space.n]}
+    raise TypeError(f"no encoding for action space {space}")
+
+
+def decode_space(data: dict[str, Any]) -> spaces.Space[Any]:
+    """The action space `encode_space` described, equal to it; only these four types, looked up by name here."""
+    match data["type"]:
+        case "Box":
+            return spaces.Box(data["low"], data["high"], dtype=np.dtype(data["dtype"]).type)
+        case "Discrete":
+            return spaces.Discrete(data["n"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
+        case "MultiDiscrete":
+            return spaces.MultiDiscrete(data["nvec"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
+        case "MultiBinary":
+            return spaces.MultiBinary(data["n"])
+    raise CheckpointError(f"unknown action space {data['type']!r}")
+
+
+def _policy_directory(path: Path) -> Path:
+    """`path` itself if it is a policy, else the one to take of the run at `path`."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory; give a run directory or a saved policy")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give a run directory or a saved policy, which is a directory too")
+    if (path / MANIFEST_FILE).exists():
+        return path
+    for candidate in (path / "final", path / "best"):
+        if candidate.is_dir():
+            return candidate
+    if (path / "config.yaml").exists():
+        raise CheckpointError(f"the run {path} has saved no policy yet; let it go on with train.py --resume {path}")
+    raise CheckpointError(f"{path} holds no policy; give a run directory or a saved policy")
+
+
+def _restore(state: dict[str, Any], directory: Path, device: torch.device) -> SavedPolicy:
+    """The policy that a state describes. Raises anything if it describes none."""
+    config = Config.model_validate_json(json.dumps(state["config"]))
+    action_space = decode_space(state["action_space"])
+    obs_dim, info = state["obs_dim"], state["info"]
+    if type(obs_dim) is not int or not isinstance(info, dict):
+        raise ValueError("its obs_dim or info has the wrong type")
+    _check_sizes(config, obs_dim, action_space, state["policy"])
+    observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+    generator = torch.Generator().manual_seed(0)  # the weights it draws are overwritten by the saved ones
+    policy = build_policy(config, observation_space, action_space, generator=generator, device=device)
+    policy.load_state_dict(state["policy"])
+    tensors = [*policy.state_dict().values(), policy.normalizer.shift, policy.normalizer.scale]
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ValueError("it holds numbers that are not finite")
+    return SavedPolicy(policy, config, action_space, info, directory)
+
+
+def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], tensors: dict[str, Tensor]) -> None:
+    """Refuses settings that describe larger layers than are stored, before memory is taken for them."""
+    distribution = distribution_for(action_space)
+    outputs = distribution.action_dim if isinstance(distribution, DiagonalGaussian) else distribution.param_dim
+    described = sum(rows * columns for rows, columns in pairwise([obs_dim, *config.policy.hidden_sizes, outputs]))
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if described > stored:
+        raise ValueError(f"its settings describe {described} weights, it holds {stored} numbers")
+
+
+def _named_code(env: EnvConfig) -> Iterator[str]:
+    """The settings that name code, or that an environment could take as the name of some."""
+    if ":" in env.id:
+        yield f"env.id {env.id!r}"
+    if env.wrappers:
+        yield f"env.wrappers ({env.wrappers[0].name!r})"
+    for text in _texts(env.kwargs):
+        if ":" in text:  # some environments are built around another, whose id their arguments give
+            yield f"env.kwargs (which hold {text[:60]!r})"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)

@@ -1,0 +1,201 @@
+"""The value function V(s) and the two ways it is fitted to return targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
+from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
+from trpo.networks import MLP
+from trpo.parameters import FlatParameters
+from trpo.reduction import AllSum, one_process
+
+
+class ValueFunction(nn.Module):
+    """V(s) for normalised observations, in units of scaled reward."""
+
+    def __init__(self, network: MLP):
+        super().__init__()
+        self.network = network
+        self.theta = FlatParameters(self)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """[B, D] → [B]."""
+        return self.network(obs).squeeze(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """How a fit went; losses are mean squared errors over the whole batch, before and after."""
+
+    loss_before: float
+    loss_after: float
+    steps: int  # tried, the refused ones included
+    refused: int  # steps undone because a value was not finite or the loss did not fall
+
+
+class ValueFit(Protocol):
+    """A way to move V towards targets. State (moments, if any) survives from update to update and is checkpointed."""
+
+    def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
+        """Fits V(obs [B, D]) to target [B]; `progress` ∈ [0, 1] drives schedules."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class AdamFit:
+    """Minibatch Adam on the squared error (Kingma & Ba 2015). A fit that ends non-finite is undone, moments too."""
+
+    def __init__(
+        self,
+        settings: AdamFitConfig,
+        value: ValueFunction,
+        *,
+        generator: torch.Generator,
+        learning_rate: Callable[[float], float],
+        all_sum: AllSum = one_process,
+    ):
+        self.settings = settings
+        self.generator = generator
+        self.learning_rate = learning_rate
+        self.all_sum = all_sum
+        # One flat parameter: one fused update instead of one per layer.
+        self._flat = nn.Parameter(value.theta.vector)
+        self._optimizer = torch.optim.Adam([self._flat], lr=learning_rate(0.0), eps=1e-5)
+
+    def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
+        self._optimizer.param_groups[0]["lr"] = self.learning_rate(progress)
+        before = mean_squared_error(value, obs, target, self.all_sum)
+        good = self._snapshot(value)
+        steps = refused = 0
+        # Counted over all processes, so that each takes the same number of steps whatever its share.
+        total = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
+        batches = max(1, int(total) // self.settings.minibatch_size)
+        for _ in range(self.settings.epochs):
+            order = torch.randperm(len(obs), generator=self.generator).to(obs.device)
+            for rows in order.tensor_split(batches):
+                self._step(value, obs[rows], target[rows])
+                steps += 1
+        after = mean_squared_error(value, obs, target, self.all_sum)
+        if not math.isfinite(after):
+            self._restore(value, good)
+            after, refused = before, steps
+        return FitReport(before, after, steps, refused)
+
+    def _step(self, value: ValueFunction, obs: Tensor, target: Tensor) -> None:
+        linearization = value.network.linearize(obs)
+        error = linearization.output.squeeze(-1) - target
+        count = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
+        gradient = self.all_sum(linearization.vjp((2 * error).unsqueeze(-1)))
+        self._flat.grad = gradient.div_(count)
+        self._optimizer.step()
+
+    def _snapshot(self, value: ValueFunction) -> tuple[Tensor, dict[str, Any]]:
+        state = self._optimizer.state.get(self._flat, {})
+        return value.theta.vector.clone(), {k: v.clone() for k, v in state.items()}
+
+    def _restore(self, value: ValueFunction, snapshot: tuple[Tensor, dict[str, Any]]) -> None:
+        theta, moments = snapshot
+        value.theta.assign_(theta)
+        if moments:
+            self._optimizer.state[self._flat].update(moments)
+        else:
+            self._optimizer.state.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: v.clone() for k, v in self._optimizer.state.get(self._flat, {}).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.state[self._flat] = {k: v.clone() for k, v in state.items()}
+
+
+class GaussNewtonFit:
+    """A few damped Gauss-Newton steps on the squared error, with the policy's own Jacobian products and CG.
+
+        (JᵀJ/B + λI) x = −Jᵀe/B,   e = V − target        (Nocedal & Wright 2006, §10.3)
+
+    Each step is halved until the loss on the batch falls, and given up (θ restored bitwise) if it never does.
+    """
+
+    def __init__(self, settings: GaussNewtonFitConfig, *, all_sum: AllSum = one_process):
+        self.settings = settings
+        self.all_sum = all_sum
+
+    @torch.no_grad()
+    def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
+        count = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
+        before = loss = mean_squared_error(value, obs, target, self.all_sum)
+        steps = refused = 0
+        while steps < self.settings.iterations and not refused:
+            steps += 1
+            new = self._step(value, obs, target, loss, count)
+            if new is None:
+                refused = 1
+            else:
+                loss = new
+        return FitReport(before, loss, steps, refused)
+
+    def _step(self, value: ValueFunction, obs: Tensor, target: Tensor, loss: float, count: float) -> float | None:
+        """One step; the new loss, or None if no length of it lowers the loss."""
+        linearization = value.network.linearize(obs)
+        error = linearization.output.squeeze(-1) - target
+        descent = self.all_sum(linearization.vjp(-error.unsqueeze(-1))).div_(count)
+        if not math.isfinite(float(descent.norm())):
+            return None
+
+        def product(v: Tensor) -> Tensor:
+            curvature = self.all_sum(linearization.vjp(linearization.jvp(v))).div_(count)
+            return curvature.add_(v, alpha=self.settings.damping)
+
+        cg = conjugate_gradient(product, descent, max_iterations=self.settings.cg_iterations)
+        if cg.status is CGStatus.NONFINITE or cg.iterations == 0:
+            return None
+        theta = value.theta.vector.clone()
+        for k in range(self.settings.backtracks + 1):
+            value.theta.assign_(torch.add(theta, cg.x, alpha=0.5**k))
+            new = mean_squared_error(value, obs, target, self.all_sum)
+            if new < loss:  # False for NaN
+                return new
+        value.theta.assign_(theta)
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@torch.no_grad()
+def mean_squared_error(value: ValueFunction, obs: Tensor, target: Tensor, all_sum: AllSum = one_process) -> float:
+    """E[(V(s) − target)²] over all processes."""
+    error = (value(obs) - target).square().sum(dtype=torch.float64)
+    total, count = all_sum(torch.stack([error, error.new_tensor(float(len(obs)))])).tolist()
+    return total / count
+
+
+def explained_variance(prediction: Tensor, target: Tensor, all_sum: AllSum = one_process) -> float:
+    """1 − Var[target − prediction] / Var[target]: 1 is perfect, 0 a constant's; NaN for constant targets."""
+    error, target = (target - prediction).double(), target.double()
+    count = torch.full_like(target.sum(), float(len(target)))
+    sums = torch.stack([error.sum(), error.square().sum(), target.sum(), target.square().sum(), count])
+    e1, e2, t1, t2, n = all_sum(sums).tolist()
+    variance = t2 / n - (t1 / n) ** 2
+    return 1 - (e2 / n - (e1 / n) ** 2) / variance if variance > 1e-12 * max(t2 / n, 1e-300) else math.nan
+
+
+def build_value(config: Config, obs_dim: int, *, generator: torch.Generator, device: torch.device) -> ValueFunction:
+    """A freshly initialised value function for flat observations [D]."""
+    settings = config.value
+    network = MLP(
+        [obs_dim, *settings.hidden_sizes, 1], activation=settings.activation, head_scale=1.0, generator=generator
+    )
+    return ValueFunction(network.to(device, getattr(torch, config.dtype)))
