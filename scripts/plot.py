@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from trpo.errors import UserError, run_command
+from trpo.errors import CommandParser, run_command
 from trpo.plotting import DEFAULT_METRIC, plot_runs
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def main() -> None:
-    parser = Parser(description="Draw learning curves: one panel per environment, mean and interval over seeds.")
+    parser = CommandParser(description="Draw learning curves: one panel per environment, mean and interval over seeds.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or one that holds runs")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="image to write (default: %(default)s)")
     parser.add_argument("--metric", default=DEFAULT_METRIC, help="column to draw (default: %(default)s)")

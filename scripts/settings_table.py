@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from trpo.config_file import settings_table
-from trpo.errors import UserError, run_command
+from trpo.errors import CommandParser, UserError, run_command
 
 INTRODUCTION = """\
 # Settings
@@ -33,7 +32,7 @@ given twice, an unknown key, a tag, an anchor or an alias is an error that names
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page, or with ``--check`` raises ``UserError`` where it is out of date."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 2 if the page is out of date")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "settings.md")
     options = parser.parse_args(arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trpo.config import Config
 from trpo.config_file import load_config
-from trpo.errors import UserError, run_command
+from trpo.errors import CommandParser, UserError, run_command
 from trpo.run_directory import config_difference, find_run
 from trpo.trainer import Trainer
 
@@ -25,7 +25,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a policy with TRPO.")
+    parser = CommandParser(description="Train a policy with TRPO.")
     parser.add_argument("--config", metavar="FILE", help="YAML file, e.g. configs/pendulum.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from trpo.reduction import AllSum, one_process
 
 
 def gae(
@@ -49,3 +53,19 @@ def gae(
     for t in range(len(reward) - 2, -1, -1):
         advantage[t].addcmul_(decay[t], advantage[t + 1])
     return advantage, advantage + value
+
+
+def standardize(advantage: Tensor, all_sum: AllSum = one_process) -> Tensor:
+    """(Â − mean) / std [B] over the samples of all processes; zeros if all are equal.
+
+    "Equal" allows for rounding: a std below 1e-6 of the largest |Â| carries no signal, and dividing by it would only
+    blow up noise.
+    """
+    wide = advantage.double()
+    total, count = all_sum(torch.stack([wide.sum(), torch.ones_like(wide).sum()])).tolist()
+    centred = wide - total / count
+    square, largest = all_sum(torch.stack([centred.square().sum(), wide.abs().max()])).tolist()
+    std = math.sqrt(square / count)
+    if std <= 1e-6 * largest:
+        return torch.zeros_like(advantage)
+    return (centred / std).to(advantage.dtype)

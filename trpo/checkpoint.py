@@ -241,7 +241,7 @@ def _encode(value: State, where: str, tensors: dict[str, Tensor]) -> Any:
 def _encode_tensor(value: Tensor, where: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if value.layout is not torch.strided or value.is_meta:
         raise TypeError(f"state{where}: a tensor that is sparse or has no data cannot be saved")
-    copy = value.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
+    copy = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     if copy.dtype == torch.complex128:
         return _encode_array("$tensor", copy.numpy(), where, tensors)
     if copy.dtype not in _TORCH_NATIVE:

@@ -96,12 +96,14 @@ class Collector:
         total = reward.cumsum(0)
         steps = rollout.valid.cpu().long().cumsum(0)
         done = (rollout.terminated | rollout.truncated).cpu()
+        valid = rollout.valid.cpu()
         success = self._success.cpu()
         returns, lengths, successes = [], [], []
         start_return, start_length = -self._running_return, -self._running_length
         for t, n in done.nonzero().tolist():
-            returns.append(float(total[t, n] - start_return[n]))
-            lengths.append(int(steps[t, n] - start_length[n]))
+            if valid[t, n]:  # else the episode was cut by a lost worker: nobody knows how it would have ended
+                returns.append(float(total[t, n] - start_return[n]))
+                lengths.append(int(steps[t, n] - start_length[n]))
             if not success[t, n].isnan():
                 successes.append(float(success[t, n]))
             start_return[n], start_length[n] = total[t, n], steps[t, n]

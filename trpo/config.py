@@ -143,7 +143,13 @@ class NaturalGradientConfig(Settings):
     damping: float = Field(0.1, ge=0, description="λ in (F + λI)x = g.")
     cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")
     cg_tolerance: float = Field(1e-8, ge=0, lt=1, description="Stop when ‖residual‖ ≤ tolerance · ‖g‖.")
+    preconditioner: Literal["kronecker"] | None = Field(
+        None, description="Preconditioner of CG: `kronecker` comes as near F⁻¹g with far fewer products."
+    )
     line_search: LineSearchConfig = LineSearchConfig()
+    abort_after: int = Field(
+        10, ge=1, description="Consecutive updates lost to non-finite values after which training gives up."
+    )
     fisher_subsample: float = Field(1.0, gt=0, le=1, description="Share of the batch used for Fisher products only.")
 
 
@@ -156,6 +162,7 @@ class EvaluationConfig(Settings):
 class CheckpointConfig(Settings):
     every_steps: int = Field(100_000, ge=0, description="Environment steps between checkpoints; 0: only at the end.")
     keep: int = Field(3, ge=1, description="Newest checkpoints kept.")
+    abort_after: int = Field(5, ge=1, description="Consecutive failures to save after which training gives up.")
 
 
 class Config(Settings):

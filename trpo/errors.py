@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -20,6 +22,17 @@ class EnvError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or saved policy is missing, damaged, or does not fit."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on; what was saved stays good."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reports a bad argument in one line, as everything else that is wrong with a command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

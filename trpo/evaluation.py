@@ -6,6 +6,7 @@ import ctypes.util
 import os
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,7 +195,7 @@ class _Episode:
     def _checked(self, what: str, value: Any) -> Any:
         if not np.isfinite(value).all():
             problem = "the simulation diverged or the environment divides by zero"
-            raise EnvError(f"{self._where()} gave a {what} that is not finite: {problem}")
+            raise EnvError(f"{self._where()} gave an infinite or undefined {what}: {problem}")
         return value
 
     def _where(self) -> str:
@@ -277,7 +278,9 @@ class VideoWriter:
         if self.path is None:
             return
         try:
-            frame = self.env.render()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="glfw")  # says line by line what the error below says in one
+                frame = self.env.render()
         except Exception as error:  # rendering back ends raise errors of many kinds
             raise UserError(
                 f"the environment cannot be rendered here ({type(error).__name__}: {error}); on a machine without a "

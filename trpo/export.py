@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trpo.distributions import DiagonalGaussian
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import UserError
 from trpo.saved_policy import SavedPolicy
@@ -47,7 +47,8 @@ def export_onnx(saved: SavedPolicy, path: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 class ActingPolicy(nn.Module):
@@ -55,27 +56,33 @@ class ActingPolicy(nn.Module):
 
     def __init__(self, saved: SavedPolicy):
         super().__init__()
-        encoding = ActionEncoding.of(saved.action_space)
+        encoding, theta = ActionEncoding.of(saved.action_space), saved.policy.theta.vector
         self.normalizer = saved.policy.normalizer
         self.network = saved.policy.network
         self._mode = saved.policy.distribution.mode
         self._shape = encoding.shape
-        self._dtype = torch.from_numpy(np.empty(0, encoding.dtype)).dtype
-        theta = saved.policy.theta.vector
-        self._low, self._high, self._start = (
-            None if bound is None else torch.as_tensor(bound).to(theta.device, dtype)
-            for bound, dtype in ((encoding.low, theta.dtype), (encoding.high, theta.dtype), (encoding.start, None))
+        self._dtype = torch_dtype(encoding.dtype)
+        # Clipping happens in numpy's common type of action and bounds, so that bounds keep all their digits.
+        wide = torch_dtype(np.result_type(encoding.dtype, str(theta.dtype).removeprefix("torch.")))
+        self._low, self._high = (
+            None if bound is None else torch.as_tensor(bound).to(theta.device, wide)
+            for bound in (encoding.low, encoding.high)
         )
+        self._start = None if encoding.start is None else torch.as_tensor(encoding.start).to(theta.device, torch.int64)
 
     def forward(self, observation: Tensor) -> Tensor:
         action = self._mode(self.network(self.normalizer(observation)))
         if self._low is not None and self._high is not None:
-            action = torch.maximum(torch.minimum(action, self._high), self._low)
+            action = torch.maximum(torch.minimum(action.to(self._low.dtype), self._high), self._low)
             if not self._dtype.is_floating_point:
                 action = action.round()
         if self._start is not None:
             action = action + self._start
         return action.to(self._dtype).reshape(-1, *self._shape)
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def _check_packages() -> None:
@@ -101,7 +108,12 @@ def _write(saved: SavedPolicy, file: Path) -> None:
             verbose=False,
         )
         assert program is not None
-        program.save(file, external_data=False)
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # the exporter's stack traces, with the paths of this machine
+    for key, value in (("environment", saved.config.env.id), ("env_steps", str(saved.info.get("env_steps")))):
+        model.metadata_props.add(key=key, value=value)
+    file.write_bytes(model.SerializeToString())
 
 
 class _quiet:
@@ -150,17 +162,20 @@ def _observations(saved: SavedPolicy, rows: int, generator: np.random.Generator)
 
 @torch.inference_mode()
 def _wrong_rows(saved: SavedPolicy, obs: np.ndarray, action: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Which rows [N] of `action` differ by more than rounding explains."""
+    """Which rows [N] of `action` are no actions, or differ from the expected ones by more than rounding explains."""
     policy, encoding = saved.policy, ActionEncoding.of(saved.action_space)
     eta = policy(policy.normalizer(torch.from_numpy(obs).to(policy.theta.vector.device))).cpu().double()
     tolerance = TOLERANCE * eta.abs().amax(-1).clamp(min=1.0)
+    outside = torch.tensor([not saved.action_space.contains(row) for row in action])
     given, wanted = (torch.from_numpy(x.reshape(len(obs), -1).astype(np.float64)) for x in (action, expected))
-    if isinstance(policy.distribution, DiagonalGaussian):
-        # What an integer Box rounds may lie on either side of one half.
-        slack = 0.0 if encoding.dtype.kind == "f" else float(TOLERANCE)
-        error = (given - wanted).abs().amax(-1)
-        return (error > tolerance + slack).numpy()
+    if encoding.low is not None:
+        # Rounding to an integer Box may go either way near one half: the distance to what is rounded counts there.
+        if encoding.dtype.kind != "f":
+            wanted = torch.from_numpy(np.clip(policy.distribution.mode(eta).numpy(), encoding.low, encoding.high))
+            tolerance = tolerance + 0.5
+        return (outside | ((given - wanted).abs().amax(-1) > tolerance)).numpy()
     # Between two choices that are equally likely to rounding, either is the mode.
     start = 0 if encoding.start is None else torch.from_numpy(encoding.start)
-    log_prob: Any = policy.distribution.log_prob
-    return (log_prob(eta, wanted - start) - log_prob(eta, given - start) > tolerance).numpy()
+    given = torch.where(outside.unsqueeze(-1), wanted, given)
+    lost = policy.distribution.log_prob(eta, wanted - start) - policy.distribution.log_prob(eta, given - start)
+    return (outside | (lost > tolerance)).numpy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,13 @@ class Linearization(Protocol):
 
     def vjp(self, u: Tensor) -> Tensor:
         """Jᵀu [P] for u [B, K]: summed, not averaged, over the batch."""
+
+
+class Factors(NamedTuple):
+    """Kronecker factors of one block of θ, summed over a batch: weight [m, n] then bias [m], or a bias alone."""
+
+    inputs: Tensor  # [n + 1, n + 1] Σ h̃h̃ᵀ, h̃ = (h, 1)
+    outputs: Tensor  # [m, m] Σ δδᵀ
 
 
 # Each activation with its derivative as a function of (input z, output h).
@@ -127,6 +134,20 @@ class MlpLinearization:
                 delta = torch.mm(delta, self._weights[i], out=self._cotangents[i - 1])
                 delta.mul_(self._slopes[i - 1])
         return result
+
+    @torch.no_grad()
+    def kronecker_factors(self, u: Tensor) -> list[Factors]:
+        """Σ h̃h̃ᵀ and Σ δδᵀ of every layer, first to last, for output cotangents u [B, K]."""
+        factors = []
+        delta = u
+        for i in reversed(range(len(self._weights))):
+            h = self._inputs[i]
+            ones = h.new_ones(len(h), 1)
+            extended = torch.cat([h, ones], 1)
+            factors.append(Factors(extended.T @ extended, delta.T @ delta))
+            if i:
+                delta = (delta @ self._weights[i]).mul_(self._slopes[i - 1])
+        return factors[::-1]
 
 
 class AutogradLinearization:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trpo.config import Config
 from trpo.distributions import DiagonalGaussian, Distribution, distribution_for
-from trpo.networks import MLP, AutogradLinearization, Linearization
+from trpo.networks import MLP, AutogradLinearization, Factors, Linearization
 from trpo.normalizer import ObservationNormalizer
 from trpo.parameters import FlatParameters
 
@@ -149,6 +149,15 @@ class GaussianLinearization:
             return self._inner.vjp(u * self._slope)
         u_mean, u_log_std = u.chunk(2, -1)
         return torch.cat([u_log_std.sum(0) * self._slope, self._inner.vjp(u_mean.contiguous())])
+
+    @torch.no_grad()
+    def kronecker_factors(self, u: Tensor) -> list[Factors]:
+        if not self._free:
+            return self._inner.kronecker_factors(u * self._slope)
+        u_mean, u_log_std = u.chunk(2, -1)
+        pulled = u_log_std * self._slope
+        log_std = Factors(pulled.new_full((1, 1), float(len(u))), pulled.T @ pulled)
+        return [log_std, *self._inner.kronecker_factors(u_mean.contiguous())]
 
 
 def build_policy(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-STREAMS = ("initialisation", "environments", "actions", "value_fit", "fisher_subsample", "evaluation")
+STREAMS = ("initialisation", "environments", "actions", "value_fit", "fisher", "evaluation")
 
 
 def stream_seed(seed: int, stream: str, index: int = 0) -> int:

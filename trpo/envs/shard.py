@@ -133,7 +133,7 @@ class EnvShard:
             self._begin(i)
         self._buffers.valid[:] = True
         self._episode_steps[:] = 0
-        self._check_finite(self._buffers.reset_obs, "first observation")
+        self._check_finite(self._buffers.reset_obs, "a first observation")
 
     def step(self) -> None:
         """Takes the actions in the buffers and writes everything else in them."""
@@ -155,12 +155,12 @@ class EnvShard:
             raise
         except Exception as error:
             raise EnvError(f"{self._where(i)} raised {type(error).__name__}: {error}") from error
-        self._check_finite(buffers.reward, "reward")
-        self._check_finite(buffers.next_obs, "observation")
+        self._check_finite(buffers.reward, "a reward")
+        self._check_finite(buffers.next_obs, "an observation")
         done = buffers.terminated | buffers.truncated
         np.copyto(buffers.reset_obs, buffers.next_obs, where=~done[:, None])
         if done.any():
-            self._check_finite(buffers.reset_obs, "first observation of its next episode")
+            self._check_finite(buffers.reset_obs, "a first observation of its next episode")
             self._episode_steps[done] = 0
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -230,7 +230,7 @@ class EnvShard:
         if not finite.all():
             i = int(np.flatnonzero(~finite.reshape(len(values), -1).all(axis=1))[0])
             raise EnvError(
-                f"{self._where(i)} gave a {what} that is not finite ({values[i].tolist()}): the simulation diverged or "
+                f"{self._where(i)} gave {what} that is not finite ({values[i].tolist()}): the simulation diverged or "
                 "the environment divides by zero; fix it there, nothing downstream has used the value"
             )
 

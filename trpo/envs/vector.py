@@ -60,7 +60,7 @@ class VectorEnvAdapter:
         self._write(self._buffers.reset_obs, obs)
         self._buffers.terminated[:] = self._buffers.truncated[:] = False
         self._buffers.valid[:] = True
-        self._check_finite(self._buffers.reset_obs, "first observation")
+        self._check_finite(self._buffers.reset_obs, "a first observation")
         return self._step.reset_obs
 
     def step(self, action: Tensor) -> Step:
@@ -81,9 +81,9 @@ class VectorEnvAdapter:
         buffers.terminated[is_reset] = buffers.truncated[is_reset] = False
         self._settle(obs, buffers.terminated | buffers.truncated, infos)
         for values, what in (
-            (buffers.reward, "reward"),
-            (buffers.next_obs, "observation"),
-            (buffers.reset_obs, "first observation"),
+            (buffers.reward, "a reward"),
+            (buffers.next_obs, "an observation"),
+            (buffers.reset_obs, "a first observation"),
         ):
             self._check_finite(values, what)
         return self._step
@@ -147,7 +147,7 @@ class VectorEnvAdapter:
         if bad.any():
             i = int(np.flatnonzero(bad)[0])
             raise EnvError(
-                f"environment {i} gave a {what} that is not finite ({values[i].tolist()}) at step {self._steps}: "
+                f"environment {i} gave {what} that is not finite ({values[i].tolist()}) at step {self._steps}: "
                 "fix it in the environment, nothing downstream has used the value"
             )
 

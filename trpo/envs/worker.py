@@ -71,12 +71,11 @@ class Worker:
         config: The environment.
         seeds: One per environment of this worker.
         start: Index of its first environment in the batch.
-        memory: Descriptor of shared memory, to be sized before `attach` is sent.
+        memory: Descriptor of shared memory, to be sized before `map_memory` is sent.
     """
 
     def __init__(self, config: EnvConfig, seeds: Sequence[int], start: int, memory: int) -> None:
         self.start, self.stop = start, start + len(seeds)
-        self.timeout_s = config.timeout_s
         self._connection, theirs = Pipe()
         # One thread each: as many workers as cores are running already.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -174,7 +173,7 @@ def shared_memory() -> int:
 
 
 def _registration(env_id: str) -> bytes | None:
-    """What this process knows of an id registered in it; None where nothing, or nothing another process can import."""
+    """What Gymnasium's registry here says of an id; None where no other process could import what it names."""
     try:
         return pickle.dumps(gymnasium.registry.get(env_id))
     except (pickle.PicklingError, AttributeError, TypeError):
@@ -228,7 +227,9 @@ def _register(env_id: str, registration: bytes | None) -> None:
     if env_id in gymnasium.registry or ":" in env_id:
         return
     try:
-        spec = pickle.loads(registration) if registration is not None else None
+        if registration is None:
+            raise ImportError("its entry point is a local object")
+        spec = pickle.loads(registration)
     except (AttributeError, ImportError) as error:
         raise EnvError(
             f"{env_id} is registered in a place that worker processes cannot import ({error}): move the environment "

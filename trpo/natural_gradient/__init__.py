@@ -2,12 +2,14 @@
 
 from trpo.natural_gradient.conjugate_gradient import CGSolution, CGStatus, conjugate_gradient
 from trpo.natural_gradient.fisher import fisher_product
+from trpo.natural_gradient.kronecker import KroneckerPreconditioner
 from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
 from trpo.natural_gradient.step import Outcome, StepReport, trust_region_step
 
 __all__ = [
     "CGSolution",
     "CGStatus",
+    "KroneckerPreconditioner",
     "LineSearchResult",
     "Outcome",
     "Rejection",

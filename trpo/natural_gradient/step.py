@@ -25,9 +25,11 @@ from torch import Tensor
 from trpo.batch import Batch
 from trpo.config import LineSearchConfig, NaturalGradientConfig
 from trpo.distributions import Distribution
+from trpo.errors import UserError
 from trpo.natural_gradient.conjugate_gradient import CGSolution, CGStatus, conjugate_gradient
 from trpo.natural_gradient.fisher import fisher_product
-from trpo.natural_gradient.line_search import LineSearchResult, backtracking_line_search
+from trpo.natural_gradient.kronecker import HasFactors, KroneckerPreconditioner
+from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
 from trpo.networks import Linearization
 from trpo.parameters import FlatParameters
 from trpo.reduction import AllSum, one_process
@@ -79,6 +81,13 @@ class StepReport:
         return self.outcome is Outcome.ACCEPTED
 
     @property
+    def nonfinite(self) -> bool:
+        """Whether NaN or infinity was met where a number was needed: numerics failed, not merely this step."""
+        if self.outcome is Outcome.NO_CANDIDATE and self.search is not None:
+            return all(rejection is Rejection.NONFINITE for rejection in self.search.rejections)
+        return self.outcome in (Outcome.NONFINITE_GRADIENT, Outcome.NONFINITE_PRODUCT, Outcome.NONFINITE_STEP)
+
+    @property
     def reason(self) -> str:
         """The outcome, with what the line search objected to."""
         if self.search is None or not self.search.rejections or self.accepted:
@@ -104,7 +113,7 @@ def trust_region_step(
         max_kl: δ for this update (`settings.max_kl` may be a schedule; the caller evaluates it).
         settings: damping, CG and line search.
         all_sum: sums a tensor over processes; the identity for one.
-        generator: draws the Fisher subsample.
+        generator: draws the Fisher subsample and the preconditioner's actions; on the CPU.
     """
     theta_old = policy.theta.vector.clone()
     dist = policy.distribution
@@ -121,12 +130,13 @@ def trust_region_step(
     if gradient_norm == 0:
         return StepReport(Outcome.ZERO_GRADIENT, max_kl, gradient_norm)
 
-    fisher = _fisher(policy, linearization, batch, count, settings.fisher_subsample, all_sum, generator)
+    fisher, preconditioner = _curvature(policy, linearization, batch, count, settings, all_sum, generator)
     cg = conjugate_gradient(
         lambda v: fisher(v).add_(v, alpha=settings.damping),
         gradient,
         max_iterations=settings.cg_iterations,
         tolerance=settings.cg_tolerance,
+        preconditioner=preconditioner,
     )
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
@@ -169,22 +179,37 @@ def trust_region_step(
     )
 
 
-def _fisher(
+def _curvature(
     policy: PolicyModel,
     linearization: Linearization,
     batch: Batch,
     count: float,
-    share: float,
+    settings: NaturalGradientConfig,
     all_sum: AllSum,
     generator: torch.Generator | None,
-) -> Callable[[Tensor], Tensor]:
-    """The Fisher product over the batch or a random share of it; gradient and line search always see all of it."""
-    if share < 1:
+) -> tuple[Callable[[Tensor], Tensor], KroneckerPreconditioner | None]:
+    """Fisher product and preconditioner, over the batch or a random share of it.
+
+    Gradient and line search always see the whole batch.
+    """
+    dist = policy.distribution
+    if settings.fisher_subsample < 1:
         total = len(batch.obs)
-        rows = torch.randperm(total, generator=generator)[: max(1, round(share * total))].to(batch.obs.device)
+        keep = max(1, round(settings.fisher_subsample * total))
+        rows = torch.randperm(total, generator=generator)[:keep].to(batch.obs.device)
         linearization = policy.linearize(batch.obs[rows])
-        count = float(all_sum(torch.tensor(float(len(rows)), dtype=torch.float64)))
-    return fisher_product(linearization, policy.distribution, count=count, all_sum=all_sum)
+        count = float(all_sum(torch.tensor(float(keep), dtype=torch.float64)))
+    product = fisher_product(linearization, dist, count=count, all_sum=all_sum)
+    if settings.preconditioner is None:
+        return product, None
+    if not isinstance(linearization, HasFactors):
+        raise UserError("natural_gradient.preconditioner: kronecker needs the built-in networks; set it to null")
+    eta = linearization.output
+    noise = dist.noise(len(eta), like=eta.new_empty(0, device="cpu"), generator=generator).to(eta.device)
+    scores = dist.score(eta, dist.sample(eta, noise))
+    return product, KroneckerPreconditioner(
+        linearization, scores, count=count, damping=settings.damping, all_sum=all_sum
+    )
 
 
 def _search(

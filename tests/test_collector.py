@@ -1,0 +1,210 @@
+"""The collector over environments whose every number says where and when it comes from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from gymnasium import spaces
+from helpers import F64, OBS_DIM, make_policy, randn, seeded
+from torch import Tensor
+
+from trpo.collector import Collector
+from trpo.envs.contract import Step
+from trpo.policy import Policy
+
+LENGTHS = (3, 5)  # episodes of even environments last 3 and 5 steps in turn, of odd ones 5 and 3
+
+
+class CounterEnvs:
+    """obs = (environment, episode, step within it) and reward = 100·environment + 10·episode + step.
+
+    Even episodes terminate, odd ones are truncated. Every second environment reports success. All tensors of a `Step`
+    are buffers that the next step overwrites, as the contract allows.
+
+    Args:
+        first: global index of the first environment.
+        reset_rows: the step after an episode's end is a reset and no transition.
+    """
+
+    device = torch.device("cpu")
+    single_observation_space = spaces.Box(-math.inf, math.inf, (OBS_DIM,))
+    single_action_space = spaces.Box(-1, 1, (2,))
+    autoreset = "same_step"
+    exact_resume = True
+
+    def __init__(self, num_envs: int, *, first: int = 0, reset_rows: bool = False):
+        self.num_envs = num_envs
+        self.first = first
+        self.reset_rows = reset_rows
+        self.actions: list[Tensor] = []
+        self.finished: list[tuple[float, int]] = []
+
+    def reset(self) -> Tensor:
+        self.state = torch.zeros(self.num_envs, OBS_DIM, dtype=F64)
+        self.state[:, 0] = torch.arange(self.first, self.first + self.num_envs)
+        self.pending = torch.zeros(self.num_envs, dtype=torch.bool)
+        self.totals = [0.0] * self.num_envs
+        self.next_obs, self.reset_obs = torch.zeros_like(self.state), torch.zeros_like(self.state)
+        self.reward = torch.zeros(self.num_envs, dtype=F64)
+        self.flags = torch.zeros(3, self.num_envs, dtype=torch.bool)
+        self.success = torch.zeros(self.num_envs, dtype=F64)
+        return self.state
+
+    def step(self, action: Tensor) -> Step:
+        self.actions.append(action.clone())
+        terminated, truncated, valid = self.flags
+        self.success.fill_(math.nan)
+        for i in range(self.num_envs):
+            env, episode, step = (int(x) for x in self.state[i])
+            valid[i] = not self.pending[i]
+            terminated[i] = truncated[i] = False
+            self.reward[i] = 0.0
+            if self.pending[i]:
+                self.pending[i] = False
+            else:
+                self.reward[i] = 100 * env + 10 * episode + step
+                self.totals[i] += float(self.reward[i])
+                self.state[i, 2] += 1
+            self.next_obs[i] = self.state[i]
+            if int(self.state[i, 2]) == LENGTHS[(env + episode) % 2]:
+                (truncated if episode % 2 else terminated)[i] = True
+                self.finished.append((self.totals[i], int(self.state[i, 2])))
+                self.totals[i] = 0.0
+                self.state[i, 1:] = torch.tensor([episode + 1, 0])
+                self.pending[i] = self.reset_rows
+                if env % 2:
+                    self.success[i] = float(episode % 2 == 0)
+            self.reset_obs[i] = self.next_obs[i] if self.pending[i] else self.state[i]
+        return Step(self.next_obs, self.reset_obs, self.reward, terminated, truncated, valid, self.success)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state.clone(), "pending": self.pending.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        self.reset()
+        self.state.copy_(state["state"])
+        self.pending.copy_(state["pending"])
+        return self.state
+
+    def close(self) -> None:
+        pass
+
+
+def collector(env: CounterEnvs, *, length: int = 8, policy: Policy | None = None, **options: Any) -> Collector:
+    return Collector(env, policy or make_policy(), length, generator=seeded(11), **options)
+
+
+def test_every_number_is_where_and_when_it_belongs() -> None:
+    env = CounterEnvs(3)
+    rollout, _ = collector(env).collect()
+    for n in range(3):
+        episode = step = 0
+        for t in range(8):
+            last = step + 1 == LENGTHS[(n + episode) % 2]
+            assert rollout.obs[t, n].tolist() == [n, episode, step]
+            assert rollout.next_obs[t, n].tolist() == [n, episode, step + 1]  # the true successor, also at an end
+            assert float(rollout.reward[t, n]) == 100 * n + 10 * episode + step
+            assert bool(rollout.terminated[t, n]) is (last and episode % 2 == 0)
+            assert bool(rollout.truncated[t, n]) is (last and episode % 2 == 1)
+            assert bool(rollout.valid[t, n])
+            episode, step = (episode + 1, 0) if last else (episode, step + 1)
+
+
+def test_actions_are_the_policys_for_the_stored_observations_and_what_the_environment_got() -> None:
+    env, policy = CounterEnvs(3), make_policy()
+    policy.normalizer.update(100 * randn(50, OBS_DIM))
+    source = collector(env, policy=policy)
+    rollout, _ = source.collect()
+    noise = policy.distribution.noise(8, 3, like=policy.theta.vector, generator=seeded(11))
+    for t in range(8):
+        expected = policy.distribution.sample(policy(policy.normalizer(rollout.obs[t])), noise[t])
+        assert torch.equal(rollout.action[t], expected.detach())
+        assert torch.equal(env.actions[t], rollout.action[t])
+
+
+def test_rollouts_continue_where_the_last_one_ended_in_the_same_memory() -> None:
+    source = collector(CounterEnvs(2), length=4)
+    first, _ = source.collect()
+    ends, memory = first.next_obs[-1].clone(), first.obs.data_ptr()
+    second, _ = source.collect()
+    assert second.obs.data_ptr() == memory
+    assert torch.equal(second.obs[0, 1], ends[1])  # environment 1 was within an episode of 5
+    assert second.obs[0, 0].tolist() == [0, 1, 1]  # environment 0 ended its first episode at step 3
+    assert not second.action.is_inference() and not second.action.requires_grad
+
+
+@pytest.mark.parametrize("reset_rows", [False, True])
+def test_episodes_are_counted_across_rollouts_as_by_hand(reset_rows: bool) -> None:
+    env = CounterEnvs(3, reset_rows=reset_rows)
+    source = collector(env, length=4)
+    returns, lengths, successes = [], [], []
+    for _ in range(6):
+        _, episodes = source.collect()
+        returns += episodes.returns
+        lengths += episodes.lengths
+        successes += episodes.successes
+    assert len(returns) > 12
+    assert list(zip(returns, lengths, strict=True)) == env.finished
+    # Only environment 1 reports: its episodes succeed and fail in turn.
+    assert successes == [1.0, 0.0] * (len(successes) // 2) + [1.0] * (len(successes) % 2) and len(successes) > 3
+
+
+def test_a_reset_row_is_marked_and_no_transition() -> None:
+    rollout, _ = collector(CounterEnvs(1, reset_rows=True)).collect()
+    assert rollout.valid.flatten().tolist() == [True, True, True, False, True, True, True, True]
+    assert rollout.obs[3].flatten().tolist() == [0, 0, 3] and rollout.obs[4].flatten().tolist() == [0, 1, 0]
+
+
+def test_replay_error_sees_a_normaliser_or_policy_that_moved() -> None:
+    policy = make_policy()
+    source = collector(CounterEnvs(3), policy=policy)
+    rollout, _ = source.collect()
+    assert source.replay_error(rollout) == 0
+    theta = policy.theta.vector.clone()
+    policy.theta.assign_(theta + 0.1)
+    assert source.replay_error(rollout) > 0.9
+    policy.theta.assign_(theta)
+    assert source.replay_error(rollout) == 0
+    policy.normalizer.update(rollout.obs.flatten(0, 1))
+    assert source.replay_error(rollout) > 0.9
+
+
+def test_replay_error_counts_discrete_actions_that_changed() -> None:
+    policy = make_policy("categorical")
+    source = collector(CounterEnvs(3), policy=policy)
+    rollout, _ = source.collect()
+    assert source.replay_error(rollout) == 0
+    rollout.action[0, 0] = (rollout.action[0, 0] + 1) % 4
+    assert source.replay_error(rollout) == pytest.approx(1 / 24, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "categorical", "bernoulli"])
+def test_data_do_not_depend_on_how_environments_are_shared_out(kind: str) -> None:
+    whole = collector(CounterEnvs(5), policy=make_policy(kind))
+    parts = [
+        collector(CounterEnvs(b - a, first=a), policy=make_policy(kind), shard=slice(a, b), total_envs=5)
+        for a, b in ((0, 2), (2, 5))
+    ]
+    for _ in range(2):
+        rollout, _ = whole.collect()
+        shards = [part.collect()[0] for part in parts]
+        for name in ("obs", "action", "reward"):
+            joined = torch.cat([getattr(shard, name) for shard in shards], 1)
+            # float64 matrix products of 2, 3 and 5 rows may be summed in different orders.
+            torch.testing.assert_close(joined, getattr(rollout, name), rtol=1e-13, atol=1e-13)
+
+
+def test_a_restored_collector_goes_on_bitwise_and_finishes_running_episodes() -> None:
+    source = collector(CounterEnvs(3), length=4)
+    source.collect()
+    state = source.state_dict()
+    restored = collector(CounterEnvs(3), length=4)
+    restored.load_state_dict(state)
+    for _ in range(3):
+        (rollout, episodes), (again, again_episodes) = source.collect(), restored.collect()
+        assert again_episodes == episodes and episodes.returns
+        for name in ("obs", "next_obs", "action", "reward", "terminated", "truncated", "valid"):
+            assert torch.equal(getattr(again, name), getattr(rollout, name))

@@ -1,0 +1,182 @@
+"""The policy: what its head bounds, what its linearisation differentiates, and that it acts as it is updated."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gymnasium import spaces
+from helpers import (
+    F64,
+    OBS_DIM,
+    POLICIES,
+    eta_function,
+    make_batch,
+    make_mlp,
+    make_policy,
+    randn,
+    relative_error,
+    seeded,
+)
+
+from trpo.config import Config
+from trpo.distributions import DiagonalGaussian
+from trpo.policy import GaussianHead, build_normalizer, build_policy
+
+BOUNDS = (0.01, 10.0)
+# Chains of some tens of float64 operations: units of 2.2e-16, taken a thousandfold.
+TOLERANCE = 1e-12
+
+
+def head(*, state_dependent: bool = False, initial_std: float = 0.6) -> GaussianHead:
+    out = 4 if state_dependent else 2
+    return GaussianHead(make_mlp([OBS_DIM, 5, out]), 2, initial_std=initial_std, std_bounds=BOUNDS).to(F64)
+
+
+@pytest.mark.parametrize("initial_std", [0.011, 0.6, 9.9])
+def test_a_free_std_starts_at_its_initial_value(initial_std: float) -> None:
+    eta = head(initial_std=initial_std)(randn(5, OBS_DIM))
+    # The parameter is made in float32, where the inverse of the bound amplifies rounding near its ends.
+    torch.testing.assert_close(eta[:, 2:].exp(), torch.full((5, 2), initial_std, dtype=F64), rtol=1e-5, atol=0)
+
+
+def test_a_state_dependent_std_starts_around_its_initial_value() -> None:
+    module = head(state_dependent=True)
+    with torch.no_grad():
+        module.network.layers[-1].weight.zero_()
+    torch.testing.assert_close(
+        module(randn(5, OBS_DIM))[:, 2:].exp(), torch.full((5, 2), 0.6, dtype=F64), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("raw", [-1e6, -20.0, -3.0, 0.0, 3.0, 20.0, 1e6])
+def test_std_never_leaves_its_bounds(raw: float) -> None:
+    module = head()
+    with torch.no_grad():
+        module.raw_log_std.fill_(raw)
+    std = module(randn(1, OBS_DIM))[0, 2:].exp()
+    assert (std >= BOUNDS[0] * (1 - TOLERANCE)).all() and (std <= BOUNDS[1] * (1 + TOLERANCE)).all()
+
+
+def test_bound_slope_is_the_derivative_and_one_in_the_middle() -> None:
+    module = head()
+    middle = 0.5 * (math.log(BOUNDS[0]) + math.log(BOUNDS[1]))
+    raw = torch.linspace(middle - 8, middle + 8, 33, dtype=F64).requires_grad_()
+    (expected,) = torch.autograd.grad(module._bound(raw).sum(), raw)
+    torch.testing.assert_close(module.bound_slope(raw).detach(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert float(module.bound_slope(raw)[16].detach()) == pytest.approx(1.0, abs=TOLERANCE)
+    assert (expected > 0).all()  # a σ at its bound can come back
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["closed form", "autograd"])
+@pytest.mark.parametrize("kind", POLICIES)
+def test_linearisation_is_the_jacobian_in_the_order_of_theta(kind: str, opaque: bool) -> None:
+    policy = make_policy(kind, opaque=opaque)
+    obs = randn(6, OBS_DIM, seed=4)
+    theta, linearization = policy.theta.vector.clone(), policy.linearize(obs)
+    jacobian = torch.func.jacrev(eta_function(policy, obs))(theta)
+    v, u = randn(len(theta), seed=5), randn(6, policy.distribution.param_dim, seed=6)
+    assert torch.equal(linearization.output, policy(obs))
+    assert relative_error(linearization.jvp(v), jacobian @ v) <= TOLERANCE
+    assert relative_error(linearization.vjp(u), torch.einsum("bkp,bk->p", jacobian, u)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("kind", POLICIES)
+def test_what_is_linearised_is_bitwise_what_acts(kind: str, dtype: torch.dtype) -> None:
+    """So that at θ_old every importance ratio is exactly 1 and the KL exactly 0."""
+    policy = make_policy(kind, dtype=dtype)
+    batch = make_batch(policy)
+    old, new = policy.linearize(batch.obs).output, policy(batch.obs)
+    distribution = policy.distribution
+    assert torch.equal(distribution.log_prob(old, batch.action), distribution.log_prob(new, batch.action))
+    assert (distribution.kl(old, new) == 0).all()
+
+
+def test_sample_and_mode_see_normalised_observations() -> None:
+    policy = make_policy("gaussian")
+    raw = 100 + 5 * randn(200, OBS_DIM)
+    policy.normalizer.update(raw)
+    noise = policy.distribution.noise(200, like=raw, generator=seeded())
+    eta = policy((raw - raw.mean(0)) / raw.std(0, correction=0))
+    mean, std = eta[:, :2], eta[:, 2:].exp()
+    # The normaliser adds 1e-8 to a variance near 25, and moments merge to rounding.
+    torch.testing.assert_close(policy.mode(raw), mean.detach(), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(policy.sample(raw, noise), (mean + std * noise).detach(), rtol=1e-7, atol=1e-8)
+
+
+def test_std_is_reported_only_where_it_is_one_number() -> None:
+    policy = make_policy("gaussian")
+    expected = policy(randn(1, OBS_DIM))[0, 2:].exp().mean().detach()
+    assert policy.std() == pytest.approx(float(expected), rel=TOLERANCE)
+    assert math.isnan(make_policy("gaussian_state_std").std())
+    assert math.isnan(make_policy("categorical").std())
+
+
+def test_theta_holds_every_parameter_and_no_statistic() -> None:
+    policy = make_policy("gaussian")
+    assert len(policy.theta.vector) == sum(p.numel() for p in policy.parameters())
+    theta = policy.theta.vector.clone()
+    policy.normalizer.update(randn(10, OBS_DIM))
+    assert torch.equal(policy.theta.vector, theta)
+
+
+def test_a_loaded_state_acts_alike_and_stays_behind_theta() -> None:
+    source, target = make_policy(seed=1), make_policy(seed=2)
+    source.normalizer.update(3 + randn(50, OBS_DIM))
+    target.load_state_dict(source.state_dict())
+    obs = randn(4, OBS_DIM)
+    assert torch.equal(target.mode(obs), source.mode(obs))
+    assert torch.equal(target.theta.vector, source.theta.vector)
+    target.theta.assign_(torch.zeros_like(target.theta.vector))
+    assert (target.mode(obs) == 0).all()
+
+
+def config(**policy: object) -> Config:
+    return Config.model_validate({"env": {"id": "Any-v0"}, "dtype": "float64", "policy": policy})
+
+
+@pytest.mark.parametrize(
+    ("space", "param_dim"),
+    [
+        (spaces.Box(-1, 1, (2,)), 4),
+        (spaces.Discrete(4), 4),
+        (spaces.MultiDiscrete([2, 5, 3]), 10),
+        (spaces.MultiBinary(3), 3),
+    ],
+)
+def test_build_policy_fits_its_spaces(space: spaces.Space, param_dim: int) -> None:
+    observations = spaces.Box(-1, 1, (OBS_DIM,))
+    built = [
+        build_policy(config(), observations, space, generator=seeded(), device=torch.device("cpu")) for _ in range(2)
+    ]
+    eta = built[0](randn(5, OBS_DIM))
+    assert eta.shape == (5, param_dim) and eta.dtype is F64
+    assert torch.equal(eta, built[1](randn(5, OBS_DIM)))
+
+
+@pytest.mark.parametrize("state_dependent", [False, True])
+def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> None:
+    policy = build_policy(
+        config(state_dependent_std=state_dependent, initial_std=0.5, std_min=0.1, std_max=3.0),
+        spaces.Box(-1, 1, (OBS_DIM,)),
+        spaces.Box(-1, 1, (2,)),
+        generator=seeded(),
+        device=torch.device("cpu"),
+    )
+    assert isinstance(policy.distribution, DiagonalGaussian)
+    eta = policy(randn(50, OBS_DIM))
+    # Rows of the head have norm 0.01, the 64 tanh units at most norm 8: means and log σ move by 0.08 at most.
+    assert eta[:, :2].abs().max() < 0.1
+    assert (eta[:, 2:].exp() - 0.5).abs().max() < 0.05
+    network = policy.network
+    assert isinstance(network, GaussianHead) and (network.low, network.high) == (math.log(0.1), math.log(3.0))
+
+
+def test_build_normalizer_follows_the_config() -> None:
+    settings = Config.model_validate(
+        {"env": {"id": "Any-v0"}, "dtype": "float64", "normalize": {"observations": False, "clip_observations": 3.0}}
+    )
+    normalizer = build_normalizer(settings, 2)
+    assert (normalizer.enabled, normalizer.clip, normalizer.shift.dtype) == (False, 3.0, F64)

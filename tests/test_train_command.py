@@ -1,0 +1,173 @@
+"""The training command from end to end on a tiny run, and its answers to mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import Outcome, one_line, run_process, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trpo.checkpoint import checkpoint_paths
+from trpo.config_file import load_config
+from trpo.evaluation import evaluate
+from trpo.random_streams import stream_seed
+from trpo.saved_policy import load_policy
+
+TINY = """\
+env: {id: CartPole-v1, num_envs: 4}
+total_steps: 300
+batch_size: 128
+policy: {hidden_sizes: [8]}
+value: {hidden_sizes: [8]}
+evaluation: {every_steps: 128, episodes: 2, final_episodes: 3}
+"""
+
+# As users of other libraries know them. Not in this run: train/std (discrete actions), the success rates (no report).
+KNOWN_TAGS = {
+    "rollout/ep_rew_mean",
+    "rollout/ep_len_mean",
+    "time/fps",
+    "time/iterations",
+    "time/time_elapsed",
+    "time/total_timesteps",
+    "train/learning_rate",
+    "train/policy_objective",
+    "train/value_loss",
+    "train/kl_divergence_loss",
+    "train/explained_variance",
+    "train/is_line_search_success",
+    "train/n_updates",
+    "eval/mean_reward",
+    "eval/mean_ep_length",
+}
+TRUST_REGION_TAGS = {
+    "trust_region/expected_improvement",
+    "trust_region/actual_improvement",
+    "trust_region/quadratic_kl",
+    "trust_region/kl",
+    "trust_region/backtracks",
+    "trust_region/cg_residual",
+    "trust_region/cg_iterations",
+    "trust_region/gradient_norm",
+    "trust_region/entropy",
+    "value/explained_variance_after",
+    "time/rollout_s",
+    "time/policy_update_s",
+    "time/value_fit_s",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    outcome: Outcome
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    """Two updates by the command in a process of its own."""
+    root = tmp_path_factory.mktemp("train")
+    (root / "tiny.yaml").write_text(TINY)
+    arguments = ("--config", root / "tiny.yaml", "--root", root / "runs", "--set", "natural_gradient.max_kl=0.02")
+    outcome = run_process("train.py", *arguments, "--seed", 7, "--name", "first", "--device", "cpu")
+    assert outcome.status == 0, outcome.err
+    (run,) = (root / "runs" / "CartPole-v1").iterdir()
+    return Trained(outcome, run)
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8") as opened:
+        return [*csv.DictReader(opened)]
+
+
+def test_the_runs_directory_is_as_documented(trained):
+    assert trained.run.name.startswith("first-s7-")
+    names = {path.name for path in trained.run.iterdir() if not path.name.startswith((".", "events.out.tfevents."))}
+    assert names == {
+        "config.yaml",
+        "meta.json",
+        "progress.csv",
+        "evaluations.csv",
+        "checkpoints",
+        "best",
+        "final",
+        "videos",
+    }
+    assert len([*trained.run.glob("events.out.tfevents.*")]) == 1
+    assert [path.name for path in checkpoint_paths(trained.run / "checkpoints")] == ["step-000000256"]
+    config = load_config(trained.run / "config.yaml")
+    assert (config.seed, config.name, config.natural_gradient.max_kl) == (7, "first", 0.02)
+    assert "--seed" in json.loads((trained.run / "meta.json").read_text())["command"]
+
+
+def test_tensorboard_has_the_names_users_know_and_the_trust_regions(trained):
+    events = EventAccumulator(str(trained.run))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= KNOWN_TAGS | TRUST_REGION_TAGS
+    steps = [event.step for event in events.Scalars("train/policy_objective")]
+    assert steps == [128, 256]  # total_steps 300 holds two batches; a third would exceed it
+
+
+def test_what_is_logged_describes_the_update_of_the_same_row(trained):
+    for number, row in enumerate(rows(trained.run / "progress.csv"), start=1):
+        values = {key: float(cell) for key, cell in row.items() if cell}
+        assert values["env_steps"] == values["time/total_timesteps"] == 128 * number
+        assert values["train/n_updates"] == number
+        assert values["train/is_line_search_success"] == 1
+        assert 0 < values["trust_region/kl"] <= 0.02
+        assert values["trust_region/actual_improvement"] > 0
+        assert 0 < values["trust_region/entropy"] <= math.log(2)
+
+
+def test_the_last_evaluation_is_printed_and_can_be_repeated(trained):
+    policy = load_policy(trained.run)
+    assert policy.info["env_steps"] == 256
+    seed = stream_seed(7, "evaluation")
+    result = evaluate(policy.policy, policy.environment(), policy.action_space, episodes=3, seed=seed)
+    assert f"last policy, deterministic: {result}\n" in trained.outcome.out
+    assert str(trained.run) in trained.outcome.out.splitlines()[-1]
+    first, last = rows(trained.run / "evaluations.csv")
+    assert (first["env_steps"], first["eval/episodes"]) == ("128", "2.0")
+    assert (last["env_steps"], float(last["eval/mean_reward"])) == ("256", result.mean)
+
+
+def test_best_is_the_policy_with_the_highest_mean(trained):
+    evaluations = rows(trained.run / "evaluations.csv")
+    best = max(evaluations, key=lambda row: float(row["eval/mean_reward"]))
+    info = load_policy(trained.run / "best").info
+    assert str(info["env_steps"]) == best["env_steps"]
+    assert info["evaluation"]["eval/mean_reward"] == float(best["eval/mean_reward"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--config", "{tmp}/tinny.yaml"), "tiny.yaml"),
+        (("--config", "{tmp}"), "is a directory"),
+        (("--config", "{tmp}/damaged.yaml"), "damaged.yaml:1"),
+        (("--config", "{tmp}/tiny.yaml", "--set", "natural_gradient.max_lk=1"), "max_kl"),
+        (("--config", "{tmp}/tiny.yaml", "--set", "natural_gradient.max_kl=-1"), "natural_gradient.max_kl"),
+        (("--config", "{tmp}/tiny.yaml", "--set", "batch_size"), "batch_size"),
+        (("--config", "{tmp}/tiny.yaml", "--seed", "one"), "seed"),
+        (("--config", "{tmp}/tiny.yaml", "--set", "env.id=CartPool-v1"), "CartPole-v1"),
+        (("--config", "{tmp}/tiny.yaml", "--device", "cuda:99"), "cuda:99"),
+        (("--config", "{tmp}/tiny.yaml", "--root", "{tmp}/tiny.yaml"), "cannot make a run"),
+        ((), "--config"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, problem, tmp_path, capsys, monkeypatch):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "damaged.yaml").write_text("env: {id: [}\n")
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    if "--root" not in given:
+        given += ["--root", str(tmp_path / "runs")]
+    outcome = run_script("train.py", *given, capture=capsys, patch=monkeypatch)
+    assert outcome.status == 2 and outcome.out == ""
+    assert problem in one_line(outcome.err)
+    assert not (tmp_path / "runs").exists()

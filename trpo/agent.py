@@ -1,0 +1,185 @@
+"""The learner: policy, value function and scalers, and what one rollout does to them.
+
+No environments, files or signals here: an agent turns rollouts into better policies, and the trainer does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from trpo.advantages import gae, standardize
+from trpo.batch import Batch, Rollout
+from trpo.config import Config
+from trpo.distributed import Group
+from trpo.metrics import PhaseTimers
+from trpo.natural_gradient import StepReport, trust_region_step
+from trpo.normalizer import RewardScaler
+from trpo.policy import build_policy
+from trpo.random_streams import stream_seed, torch_generator
+from trpo.schedule import value_at
+from trpo.value import AdamFit, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What one update did."""
+
+    step: StepReport
+    fit: FitReport
+    transitions: int  # environment steps the update learned from, all processes together
+    entropy: float  # mean policy entropy after the update, nats
+    std: float  # mean σ of a state-independent Gaussian policy after the update, else NaN
+    explained_variance_before: float  # of the return targets by V before its fit
+    explained_variance_after: float
+    learning_rate: float | None  # of Adam, if V is fitted by it
+
+
+class Agent:
+    """Policy, value function and everything that learns.
+
+    Args:
+        config: all settings.
+        observation_space: flat observations [D].
+        action_space: as the environment declares it.
+        num_envs: environments of this process.
+        group: this process among all.
+        device: where networks and updates live.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        observation_space: spaces.Box,
+        action_space: spaces.Space[Any],
+        *,
+        num_envs: int,
+        group: Group,
+        device: torch.device,
+    ):
+        self.config = config
+        self.group = group
+        self.device = device
+        init = torch_generator(config.seed, "initialisation")
+        self.policy = build_policy(config, observation_space, action_space, generator=init, device=device)
+        self.value = build_value(config, observation_space.shape[0], generator=init, device=device)
+        self.reward_scaler = RewardScaler(
+            num_envs, gamma=config.gae.gamma, clip=config.normalize.clip_rewards, enabled=config.normalize.rewards
+        ).to(device)
+        self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
+        self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
+        self.value_fit = self._value_fit()
+
+    def _value_fit(self) -> ValueFit:
+        settings = self.config.value
+        if settings.fit == "gauss_newton":
+            return GaussNewtonFit(settings.gauss_newton, all_sum=self.group.all_sum)
+        return AdamFit(
+            settings.adam,
+            self.value,
+            generator=self.fit_generator,
+            learning_rate=lambda progress: value_at(settings.adam.learning_rate, progress),
+            all_sum=self.group.all_sum,
+        )
+
+    def update(self, rollout: Rollout, *, progress: float, timers: PhaseTimers) -> UpdateReport:
+        """One iteration of TRPO on a rollout of the current policy.
+
+        Args:
+            rollout: collected with the policy and normaliser exactly as they are now.
+            progress: 0 at the first update of the run, 1 at the last; drives schedules.
+            timers: seconds of the phases go here.
+        """
+        config, all_sum = self.config, self.group.all_sum
+        with timers("advantages"):
+            batch, target, value_before = self.prepare(rollout)
+        with timers("policy_update"):
+            step = trust_region_step(
+                self.policy,
+                batch,
+                max_kl=value_at(config.natural_gradient.max_kl, progress),
+                settings=config.natural_gradient,
+                all_sum=all_sum,
+                generator=self.fisher_generator,
+            )
+        with timers("value_fit"):
+            fit = self.value_fit.fit(self.value, batch.obs, target, progress=progress)
+        with timers("statistics"), torch.no_grad():
+            entropy = self.policy.distribution.entropy(self.policy(batch.obs)).double()
+            entropy_sum, transitions = all_sum(torch.stack([entropy.sum(), torch.ones_like(entropy).sum()])).tolist()
+            value_after = self.value(batch.obs)
+            # Last of all: until here the policy has to be the one that acted.
+            self.policy.normalizer.update(rollout.obs[rollout.valid].to(self.device), all_sum=all_sum)
+            return UpdateReport(
+                step,
+                fit,
+                transitions=int(transitions),
+                entropy=entropy_sum / transitions,
+                std=self.policy.std(),
+                explained_variance_before=explained_variance(value_before, target, all_sum),
+                explained_variance_after=explained_variance(value_after, target, all_sum),
+                learning_rate=value_at(config.value.adam.learning_rate, progress)
+                if config.value.fit == "adam"
+                else None,
+            )
+
+    @torch.no_grad()
+    def prepare(self, rollout: Rollout) -> tuple[Batch, Tensor, Tensor]:
+        """Rollout → (batch for the policy, value targets [B], value predictions [B]), rows that are resets left out."""
+        terminated, truncated, valid, reward = (
+            x.to(self.device) for x in (rollout.terminated, rollout.truncated, rollout.valid, rollout.reward)
+        )
+        # Before scaling, unlike observation statistics: the reward's scale does not touch the policy, and the first
+        # targets of the value function have to be of order one too.
+        self.reward_scaler.update(reward, terminated | truncated, valid, all_sum=self.group.all_sum)
+        obs = self.policy.normalizer(rollout.obs.to(self.device))
+        next_obs = self.policy.normalizer(rollout.next_obs.to(self.device))
+        value = self.value(obs.flatten(0, 1)).view(reward.shape)
+        next_value = self.value(next_obs.flatten(0, 1)).view(reward.shape)
+        advantage, target = gae(
+            self.reward_scaler(reward).to(value.dtype),
+            value,
+            next_value,
+            terminated,
+            truncated,
+            gamma=self.config.gae.gamma,
+            lambda_=self.config.gae.lambda_,
+            valid=valid,
+        )
+        keep = valid.flatten().nonzero().squeeze(-1)
+        obs, action, advantage, target, value = (
+            x.flatten(0, 1)[keep] for x in (obs, rollout.action.to(self.device), advantage, target, value)
+        )
+        return Batch(obs, action, standardize(advantage, self.group.all_sum)), target, value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on all processes."""
+        return {
+            "policy": dict(self.policy.state_dict()),
+            "value": dict(self.value.state_dict()),
+            "value_fit": self.value_fit.state_dict(),
+            "reward_moments": dict(self.reward_scaler.moments.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.value.load_state_dict(state["value"])
+        self.value_fit.load_state_dict(state["value_fit"])
+        self.reward_scaler.moments.load_state_dict(state["reward_moments"])
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """What is this process's own."""
+        return {
+            "reward_returns": self.reward_scaler.returns,
+            "fit_generator": self.fit_generator.get_state(),
+            "fisher_generator": self.fisher_generator.get_state(),
+        }
+
+    def load_local_state_dict(self, state: dict[str, Any]) -> None:
+        self.reward_scaler.returns.copy_(state["reward_returns"])
+        self.fit_generator.set_state(state["fit_generator"])
+        self.fisher_generator.set_state(state["fisher_generator"])

@@ -1,0 +1,271 @@
+"""Learning benchmarks: many tasks and seeds, the last policy of each, honest statistics.
+
+Every (task, seed) is a training run of its own process. What is kept of it is one JSON file under
+`<out>/<task>/seed-<n>.json` with raw episode returns and all evaluations; scores, curves and tables are made from these
+files alone, so that a benchmark can be interrupted, restarted, extended by seeds, and its tables made again.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trpo.checkpoint import checkpoint_paths
+from trpo.config import Config
+from trpo.config_file import dump_config, load_config
+from trpo.errors import UserError
+from trpo.evaluation import evaluate
+from trpo.metrics import read_table
+from trpo.run_directory import find_run
+from trpo.saved_policy import load_policy
+
+SUITES = {
+    "classic": ["pendulum", "cartpole", "acrobot", "mountain_car_continuous"],
+    "box2d": ["lunar_lander", "lunar_lander_continuous", "bipedal_walker"],
+    "mujoco": [
+        "ant",
+        "half_cheetah",
+        "hopper",
+        "humanoid",
+        "humanoid_standup",
+        "inverted_double_pendulum",
+        "inverted_pendulum",
+        "pusher",
+        "reacher",
+        "swimmer",
+        "walker2d",
+    ],
+}
+EVALUATION_SEED = 1_000_003  # episodes no run evaluated itself on while training
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of the benchmark."""
+
+    task: str  # name of its config file
+    config: Config
+    root: Path  # run directories
+    result: Path  # the JSON file to write
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings: a finished run counts only for the settings it had."""
+        return hashlib.sha256(dump_config(self.config).encode()).hexdigest()[:16]
+
+    @property
+    def finished(self) -> bool:
+        return self.result.exists() and json.loads(self.result.read_text())["fingerprint"] == self.fingerprint
+
+
+def plan(
+    tasks: Iterable[str], seeds: int, *, configs: Path, out: Path, root: Path, overrides: Sequence[str] = ()
+) -> list[Job]:
+    """All runs of a benchmark, seed by seed so that an interrupted one has the same seeds of every task."""
+    tasks = list(tasks)
+    jobs = []
+    for seed in range(seeds):
+        for task in tasks:
+            config = load_config(configs / f"{task}.yaml", [*overrides, f"seed={seed}"])
+            jobs.append(Job(task, config, root / task, out / task / f"seed-{seed}.json"))
+    return jobs
+
+
+def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str], None] = print) -> list[str]:
+    """Trains what is not finished, `parallel` runs at a time, one thread each; returns what failed, in words."""
+    todo = [job for job in jobs if not job.finished]
+    say(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished before, {len(todo)} to do, {parallel} at a time")
+    failures = []
+    with ThreadPoolExecutor(parallel) as pool:
+        for job, failure in zip(todo, pool.map(lambda job: _train_and_score(job, episodes), todo), strict=True):
+            if failure is not None:
+                failures.append(f"{job.task} seed {job.config.seed}: {failure}")
+                say(f"FAILED {failures[-1]}")
+            else:
+                result = json.loads(job.result.read_text())
+                mean, wall = np.mean(result["returns"]), result["wall_s"]
+                say(f"{job.task} seed {job.config.seed}: last policy {mean:.1f}, {wall:.0f} s")
+    return failures
+
+
+def _train_and_score(job: Job, episodes: int) -> str | None:
+    """One run in a process of its own, going on from its checkpoint if it was cut; None or why it failed."""
+    job.root.mkdir(parents=True, exist_ok=True)
+    job.result.parent.mkdir(parents=True, exist_ok=True)
+    config_file = job.root / f"config-{job.fingerprint}.yaml"
+    config_file.write_text(dump_config(job.config))
+    log = job.root / f"seed-{job.config.seed}.log"
+    code = "import sys; from trpo.benchmark import train_one; train_one(sys.argv[1], sys.argv[2])"
+    started = time.monotonic()
+    with log.open("a") as stream:
+        status = subprocess.run(
+            [sys.executable, "-c", code, str(config_file), str(job.root)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        ).returncode
+    if status != 0:
+        return f"exit status {status}, see {log}"
+    run_path = find_run(job.root, job.config)
+    assert run_path is not None, "a finished run has a checkpoint"
+    _write_result(job, run_path, episodes, time.monotonic() - started)
+    return None
+
+
+def train_one(config_file: str, root: str) -> None:
+    """Trains one config to its end; the body of each benchmark process."""
+    from trpo.trainer import Trainer
+
+    config = load_config(config_file)
+    found = find_run(Path(root), config)
+    unfinished = (
+        found
+        if found is not None and not (found / "final").exists() and checkpoint_paths(found / "checkpoints")
+        else None
+    )
+    Trainer(config, root=root, resume=unfinished).train()
+
+
+def _write_result(job: Job, run_path: Path, episodes: int, wall_s: float) -> None:
+    saved = load_policy(run_path / "final")
+    scores = evaluate(
+        saved.policy, job.config.env, saved.action_space, episodes=episodes, seed=EVALUATION_SEED, deterministic=True
+    )
+    stochastic = evaluate(
+        saved.policy, job.config.env, saved.action_space, episodes=episodes, seed=EVALUATION_SEED, deterministic=False
+    )
+    progress, evaluations = (_columns(run_path / name) for name in ("progress.csv", "evaluations.csv"))
+    result = {
+        "task": job.task,
+        "environment": job.config.env.id,
+        "seed": job.config.seed,
+        "fingerprint": job.fingerprint,
+        "env_steps": saved.info["env_steps"],
+        "wall_s": wall_s,
+        "train_s": progress["time/time_elapsed"][-1],
+        "returns": scores.returns,
+        "lengths": scores.lengths,
+        "stochastic_returns": stochastic.returns,
+        "evaluations": {"env_steps": evaluations["env_steps"], "mean": evaluations["eval/mean_reward"]},
+        "training": {"env_steps": progress["env_steps"][::8], "return": progress["rollout/ep_rew_mean"][::8]},
+        "meta": json.loads((run_path / "meta.json").read_text()),
+    }
+    temporary = job.result.with_suffix(".part")
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.replace(job.result)
+
+
+def _columns(path: Path) -> dict[str, list[float | None]]:
+    header, rows = read_table(path)
+    return {name: [float(row[i]) if row[i] else None for row in rows] for i, name in enumerate(header)}
+
+
+# -------------------------------------------------------------------- statistics
+
+
+def interquartile_mean(scores: np.ndarray[Any, Any]) -> float:
+    """Mean of the middle half of the scores (Agarwal et al. 2021, §4.3); quarter weights where 4 does not divide."""
+    ordered = np.sort(np.asarray(scores, dtype=float))
+    n = len(ordered)
+    left = np.arange(n) / n
+    weight = np.clip(np.minimum(left + 1 / n, 0.75) - np.maximum(left, 0.25), 0, None)
+    return float((weight * ordered).sum() / weight.sum())
+
+
+def bootstrap_interval(
+    scores: np.ndarray[Any, Any], statistic: Callable[[np.ndarray[Any, Any]], float], *, resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % percentile bootstrap over seeds (Efron & Tibshirani 1993, §13.3), with a fixed seed of its own."""
+    rng = np.random.default_rng(0)
+    scores = np.asarray(scores, dtype=float)
+    draws = [statistic(scores[rng.integers(len(scores), size=len(scores))]) for _ in range(resamples)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# -------------------------------------------------------------------- tables
+
+
+def load_results(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """All finished runs under `out`, by task, ordered by seed."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(out.glob("*/seed-*.json"), key=lambda f: (f.parent.name, int(f.stem.split("-")[1]))):
+        results.setdefault(file.parent.name, []).append(json.loads(file.read_text()))
+    if not results:
+        raise UserError(f"{out}: no results yet; run the benchmark first")
+    return results
+
+
+def write_tables(out: Path, *, command: str) -> str:
+    """scores.csv (every seed), curves.csv (every evaluation of every seed) and summary.md; returns the summary."""
+    results = load_results(out)
+    with (out / "scores.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, SCORE_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_score(r) for r in _rows(results))
+    with (out / "curves.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["task", "seed", "env_steps", "mean_return"])
+        for r in _rows(results):
+            for steps, mean in zip(r["evaluations"]["env_steps"], r["evaluations"]["mean"], strict=True):
+                writer.writerow([r["task"], r["seed"], int(steps), f"{mean:.2f}"])
+    summary = _summary(results, command)
+    (out / "summary.md").write_text(summary)
+    return summary
+
+
+SCORE_COLUMNS = (
+    "task", "environment", "seed", "env_steps", "mean", "std_over_episodes", "median", "stochastic_mean", "episodes",
+    "wall_s",
+)  # fmt: skip
+
+
+def _score(run: dict[str, Any]) -> dict[str, Any]:
+    returns = run["returns"]
+    return {
+        **{key: run[key] for key in ("task", "environment", "seed", "env_steps")},
+        "mean": f"{np.mean(returns):.2f}",
+        "std_over_episodes": f"{np.std(returns):.2f}",
+        "median": f"{np.median(returns):.2f}",
+        "stochastic_mean": f"{np.mean(run['stochastic_returns']):.2f}",
+        "episodes": len(returns),
+        "wall_s": f"{run['wall_s']:.0f}",
+    }
+
+
+def _rows(results: dict[str, list[dict[str, Any]]]) -> Iterable[dict[str, Any]]:
+    for runs in results.values():
+        yield from runs
+
+
+def _summary(results: dict[str, list[dict[str, Any]]], command: str) -> str:
+    lines = [
+        "Last policy of each seed, deterministic, on Gymnasium's own environments; 95 % bootstrap over seeds.",
+        f"Made by `{command}`.",
+        "",
+        "| Environment | Steps | Seeds | Mean ± std | 95 % interval | IQM | Worst | Best | Stochastic mean |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for runs in results.values():
+        scores = np.array([np.mean(r["returns"]) for r in runs])
+        noisy = np.mean([np.mean(r["stochastic_returns"]) for r in runs])
+        low, high = bootstrap_interval(scores, lambda s: float(np.mean(s)))
+        lines.append(
+            f"| {runs[0]['environment']} | {runs[0]['env_steps']:,} | {len(runs)} | {scores.mean():.1f} ± "
+            f"{scores.std():.1f} | {low:.1f} … {high:.1f} | {interquartile_mean(scores):.1f} | {scores.min():.1f} | "
+            f"{scores.max():.1f} | {noisy:.1f} |"
+        )
+    return "\n".join(lines) + "\n"

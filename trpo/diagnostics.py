@@ -1,0 +1,71 @@
+"""What a run reports: reports of updates and episodes as named numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from typing import Any
+
+from trpo.agent import UpdateReport
+from trpo.collector import Episodes
+
+WINDOW = 100  # episodes in the running means, as users know it from other libraries
+
+
+class RecentEpisodes:
+    """Running means over the last episodes."""
+
+    def __init__(self) -> None:
+        self.returns: deque[float] = deque(maxlen=WINDOW)
+        self.lengths: deque[float] = deque(maxlen=WINDOW)
+        self.successes: deque[float] = deque(maxlen=WINDOW)
+
+    def add(self, episodes: Episodes) -> None:
+        self.returns.extend(episodes.returns)
+        self.lengths.extend(episodes.lengths)
+        self.successes.extend(episodes.successes)
+
+    def metrics(self) -> dict[str, float | None]:
+        """None where no episode has ended yet."""
+        windows = {"ep_rew_mean": self.returns, "ep_len_mean": self.lengths, "success_rate": self.successes}
+        return {f"rollout/{name}": statistics.fmean(window) if window else None for name, window in windows.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: list(window) for name, window in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, window in vars(self).items():
+            window.clear()
+            window.extend(state[name])
+
+
+def update_metrics(report: UpdateReport) -> dict[str, float | None]:
+    """One update under the tags stable-baselines3 users know, and the trust region's own under `trust_region/`."""
+    step, fit = report.step, report.fit
+    cg, search = step.cg, step.search
+    return {
+        "train/policy_objective": step.gain,
+        "train/kl_divergence_loss": step.kl,
+        "train/is_line_search_success": float(step.accepted),
+        "train/std": report.std,
+        "train/value_loss": fit.loss_after,
+        "train/explained_variance": report.explained_variance_before,
+        "train/learning_rate": report.learning_rate,
+        "value/loss_before": fit.loss_before,
+        "value/explained_variance_after": report.explained_variance_after,
+        "value/refused_steps": fit.refused,
+        "trust_region/max_kl": step.max_kl,
+        "trust_region/quadratic_kl": step.quadratic_kl,
+        "trust_region/kl": step.kl,
+        "trust_region/expected_improvement": step.expected_gain,
+        "trust_region/actual_improvement": step.gain,
+        "trust_region/step_scale": step.scale,
+        "trust_region/backtracks": search.tries - 1 if search else None,
+        "trust_region/gradient_norm": step.gradient_norm,
+        "trust_region/step_norm": step.step_norm,
+        "trust_region/cg_iterations": cg.iterations if cg else None,
+        "trust_region/cg_residual": cg.relative_residual if cg else None,
+        "trust_region/max_ritz_value": float(cg.ritz_values[-1]) if cg and len(cg.ritz_values) else None,
+        "trust_region/condition": cg.condition if cg else None,
+        "trust_region/entropy": report.entropy,
+    }
