@@ -155,7 +155,7 @@ def test_damping_shortens_the_directions_the_metric_hardly_sees() -> None:
     assert cosines[-1] == pytest.approx(1, abs=1e-9)
 
 
-def test_an_old_policy_far_from_its_actions_still_gives_a_valid_step_in_float32() -> None:
+def test_a_float32_step_keeps_the_bound_by_the_independent_count_too() -> None:
     policy = make_policy(dtype=torch.float32)
     batch = make_batch(policy, size=200)
     theta = policy.theta.vector.clone()
@@ -308,7 +308,7 @@ def test_an_overflowing_step_without_search_is_never_left_in_place() -> None:
     assert report.outcome is Outcome.NONFINITE_STEP and report.reason == "non-finite surrogate or KL"
 
 
-def test_every_outcome_has_been_produced() -> None:
+def test_the_outcomes_are_those_produced_in_this_file() -> None:
     """A new outcome needs a test of its own in this file."""
     assert set(Outcome) == {
         Outcome.ACCEPTED,

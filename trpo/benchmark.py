@@ -217,11 +217,11 @@ def write_tables(out: Path, *, command: str) -> str:
         writer.writeheader()
         writer.writerows(_score(r) for r in _rows(results))
     with (out / "curves.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["task", "seed", "env_steps", "mean_return"])
+        curves = csv.writer(stream, lineterminator="\n")
+        curves.writerow(["task", "seed", "env_steps", "mean_return"])
         for r in _rows(results):
             for steps, mean in zip(r["evaluations"]["env_steps"], r["evaluations"]["mean"], strict=True):
-                writer.writerow([r["task"], r["seed"], int(steps), f"{mean:.2f}"])
+                curves.writerow([r["task"], r["seed"], int(steps), f"{mean:.2f}"])
     summary = _summary(results, command)
     (out / "summary.md").write_text(summary)
     return summary

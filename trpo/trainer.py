@@ -129,6 +129,8 @@ class Trainer:
                 console=console,
                 resume_step=self.env_steps if resume else None,
             )
+        if self.env is not None and not self.env.exact_resume:
+            self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
         """Trains to the end (or for `max_updates` more updates), then saves and evaluates the last policy.

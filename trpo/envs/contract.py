@@ -38,7 +38,7 @@ class BatchEnv(Protocol):
     device: torch.device
     single_observation_space: Box  # flat: Box(shape=(D,))
     single_action_space: Space[Any]  # Box, Discrete, MultiDiscrete or MultiBinary, as the environment declares it
-    autoreset: str  # how the backend resets: "same_step" or "next_step"; recorded with the run
+    autoreset: str  # how the backend resets: "same_step", "next_step" or "disabled"
     exact_resume: bool  # whether state_dict restores the environments to the bit
 
     def reset(self) -> Tensor:
