@@ -21,7 +21,6 @@ import pytest
 from rich.console import Console as RichConsole
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trpo import metrics as metrics_module
 from trpo.console import LiveConsole, PlainConsole, Progress, open_console
 from trpo.errors import UserError
 from trpo.metrics import MetricsWriter, PhaseTimers
@@ -147,7 +146,7 @@ def test_csv_stays_whole_if_growing_it_fails(tmp_path: Path, monkeypatch: pytest
     with quiet(tmp_path) as writer:
         writer.write({"a": 1.0}, env_steps=1)
         before = (tmp_path / "progress.csv").read_bytes()
-        monkeypatch.setattr(metrics_module.os, "fsync", fail)
+        monkeypatch.setattr(os, "fsync", fail)
         writer.write({"a": 2.0, "b": 2.0}, env_steps=2)
     assert (tmp_path / "progress.csv").read_bytes() == before
     assert read_scalars(tmp_path, "b") == [(2, 2.0)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from scipy import stats
 
 from trpo.errors import UserError
@@ -120,6 +121,7 @@ def test_a_repeated_seed_is_not_another_sample(caplog: pytest.LogCaptureFixture)
 
 def test_find_runs_at_and_below_directories_each_once(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "runs" / "Env" / f"trpo-s{seed}", seed=seed) for seed in range(2)]
+    make_run(tmp_path / "unknown").joinpath("config.yaml").unlink()  # nothing says what this is a run of
     (runs[0] / "final").mkdir()
     (runs[0] / "final" / "config.yaml").write_text("")  # a saved policy is not a run
     assert find_runs([runs[1], tmp_path]) == runs
@@ -158,6 +160,11 @@ def test_unknown_column_is_answered_with_those_there_are(tmp_path: Path, metric:
 # Figures
 
 
+def legend_texts(axes: Axes) -> list[str]:
+    legend = axes.get_legend()
+    return [text.get_text() for text in legend.get_texts()] if legend else []
+
+
 def test_figure_has_a_panel_per_environment_and_says_what_the_shade_is() -> None:
     curves = [make_curve([0, 10], [seed, seed + 1], seed=seed, name="five") for seed in range(5)]
     curves += [make_curve([0, 10], [seed, seed + 1], seed=seed, name="two") for seed in range(2)]
@@ -166,11 +173,11 @@ def test_figure_has_a_panel_per_environment_and_says_what_the_shade_is() -> None
     env, other = figure.axes
     assert [axes.get_title() for axes in figure.axes] == ["Env-v0", "Other-v0"]
     assert (env.get_xlabel(), env.get_ylabel()) == ("environment steps", "mean return, training")
-    assert [text.get_text() for text in env.get_legend().get_texts()] == [
+    assert legend_texts(env) == [
         "five: mean of 5 seeds, 95% bootstrap interval",
         "two: mean of 2 seeds, min to max",
     ]
-    assert [text.get_text() for text in other.get_legend().get_texts()] == ["one: 1 seed"]
+    assert legend_texts(other) == ["one: 1 seed"]
     assert (len(env.collections), len(other.collections)) == (2, 0)
     thin = [line for line in env.lines if line.get_linewidth() < 1]
     assert len(thin) == 7

@@ -203,7 +203,7 @@ def _draw_panel(axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) 
         else:
             label = f"{name}: mean of {len(members)} seeds, {band.interval}"
             axes.fill_between(band.env_steps, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(band.env_steps, band.mean, color=colour, linewidth=2.0)
+            axes.plot(band.env_steps, band.mean, color=colour, linewidth=2.0, zorder=3)
         width, alpha = (2.0, 1.0) if len(members) == 1 else (0.7, 0.45)
         for curve in members:
             marker = "o" if curve.values.size == 1 else ""

@@ -1,0 +1,164 @@
+"""How near the natural gradient k iterations of CG come, plain and preconditioned, and what they cost.
+
+    python benchmarks/preconditioner.py [--task half_cheetah --task walker2d] [--steps 300000]
+
+Trains each task (or takes up the run it made before), collects one batch with the trained policy, and compares the
+improvement per root of KL, gᵀx / √(xᵀFx), with that of the exact solution of (F + λI)x = g in float64. Writes
+benchmarks/preconditioner.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trpo import Trainer, load_config
+from trpo.natural_gradient import KroneckerPreconditioner, conjugate_gradient, fisher_product
+from trpo.run_directory import find_run
+
+HERE = Path(__file__).parent
+ITERATIONS = (1, 3, 5, 10, 15, 25, 50)
+DAMPINGS = (0.1, 0.01)
+
+
+def trained(task: str, steps: int) -> Trainer:
+    """A trainer at the end of a run of `steps`."""
+    config = load_config(HERE.parent / "configs" / f"{task}.yaml", [f"total_steps={steps}", "evaluation.every_steps=0"])
+    root = HERE.parent / "runs" / "preconditioner"
+    if find_run(root, config) is None:
+        Trainer(config, root=root).train()
+    return Trainer(config, root=root, resume=find_run(root, config), console=False)
+
+
+def measure(trainer: Trainer) -> dict[str, Any]:
+    agent = trainer.agent
+    policy, dist = agent.policy, agent.policy.distribution
+    rollout, _ = trainer.collector.collect()
+    batch, _, _ = agent.prepare(rollout)
+    count = float(len(batch.obs))
+    result: dict[str, Any] = {"batch": len(batch.obs), "parameters": len(policy.theta.vector), "damping": {}}
+
+    linearization = policy.linearize(batch.obs)
+    eta = linearization.output
+    gradient = linearization.vjp(dist.score(eta, batch.action) * batch.advantage[:, None]) / count
+    generator = torch.Generator().manual_seed(0)
+    scores = dist.score(eta, dist.sample(eta, dist.noise(len(eta), like=eta, generator=generator)))
+    fisher = fisher_product(linearization, dist, count=count)
+
+    # The judge is float64: F of the same θ and batch.
+    wide_policy = trainer_in_float64(trainer)
+    wide = wide_policy.linearize(batch.obs.double())
+    wide_fisher = fisher_product(wide, dist, count=count)
+    wide_gradient = wide.vjp(dist.score(wide.output, batch.action.double()) * batch.advantage.double()[:, None]) / count
+
+    def improvement(x: torch.Tensor) -> float:
+        x = x.double()
+        return float(wide_gradient @ x / (x @ wide_fisher(x)).sqrt())
+
+    for damping in DAMPINGS:
+        exact_solution = conjugate_gradient(
+            lambda v, damping=damping: wide_fisher(v).add_(v, alpha=damping),
+            wide_gradient,
+            max_iterations=5000,
+            tolerance=1e-10,
+        )
+        exact = improvement(exact_solution.x)
+        preconditioner = KroneckerPreconditioner(linearization, scores, count=count, damping=damping)
+        rows = {"plain": {}, "kronecker": {}}
+        for name, p in (("plain", None), ("kronecker", preconditioner)):
+            for k in ITERATIONS:
+                solution = conjugate_gradient(
+                    lambda v, damping=damping: fisher(v).add_(v, alpha=damping), gradient, max_iterations=k,
+                    preconditioner=p,
+                )  # fmt: skip
+                rows[name][k] = improvement(solution.x) / exact
+        result["damping"][damping] = {
+            "relative_improvement": rows,
+            "gradient_alone": improvement(gradient) / exact,
+            "preconditioner_alone": improvement(preconditioner(gradient)) / exact,
+        }
+    result["milliseconds"] = {
+        "fisher_product": timed(lambda: fisher(gradient)),
+        "build_preconditioner": timed(
+            lambda: KroneckerPreconditioner(linearization, scores, count=count, damping=DAMPINGS[0])
+        ),
+        "apply_preconditioner": timed(lambda: preconditioner(gradient)),
+    }
+    return result
+
+
+def trainer_in_float64(trainer: Trainer) -> Any:
+    """The trained policy in double precision."""
+    import copy
+
+    from trpo.policy import Policy
+
+    old = trainer.agent.policy
+    return Policy(copy.deepcopy(old.network).double(), old.distribution, copy.deepcopy(old.normalizer))
+
+
+def timed(function: Any, repeats: int = 50) -> float:
+    """Median milliseconds of a call."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * sorted(seconds)[repeats // 2]
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "Improvement per root of KL relative to the exact solution, plain / Kronecker-preconditioned CG.",
+        "",
+        "| Iterations | " + " | ".join(map(str, ITERATIONS)) + " | gradient / P⁻¹g alone |",
+        "|" + "---|" * (len(ITERATIONS) + 2),
+    ]
+    for task, result in results.items():
+        for damping, r in result["damping"].items():
+            rows = r["relative_improvement"]
+            cells = [f"{rows['plain'][k]:.2f} / {rows['kronecker'][k]:.2f}" for k in rows["plain"]]
+            alone = f"{r['gradient_alone']:.2f} / {r['preconditioner_alone']:.2f}"
+            lines.append(f"| {task}, damping {damping} | " + " | ".join(cells) + f" | {alone} |")
+    lines += [
+        "",
+        "| | Fisher product, ms | build preconditioner, ms | apply it, ms | build, in products |",
+        "|---|---|---|---|---|",
+    ]
+    for task, result in results.items():
+        ms = result["milliseconds"]
+        products = ms["build_preconditioner"] / ms["fisher_product"]
+        lines.append(
+            f"| {task} | {ms['fisher_product']:.2f} | {ms['build_preconditioner']:.2f} | "
+            f"{ms['apply_preconditioner']:.2f} | {products:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", action="append", default=[])
+    parser.add_argument("--steps", type=int, default=300_000)
+    args = parser.parse_args()
+    results = {}
+    for task in args.task or ["half_cheetah", "walker2d"]:
+        trainer = trained(task, args.steps)
+        results[task] = measure(trainer)
+        trainer.close()
+    assert all(math.isfinite(x) for r in results.values() for x in r["milliseconds"].values())
+    (HERE / "preconditioner.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    (HERE / "preconditioner.md").write_text(
+        f"Made by `python benchmarks/preconditioner.py --steps {args.steps}`.\n\n{text}"
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
