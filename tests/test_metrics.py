@@ -136,7 +136,16 @@ def test_csv_columns_grow_and_rows_are_on_disk_before_close(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name} == {
         "progress.csv",
         "evaluations.csv",
+        "log.txt",
     }
+
+
+def test_messages_are_kept_with_the_step_they_came_at(tmp_path: Path) -> None:
+    with quiet(tmp_path) as writer:
+        writer.write({"a": 1.0}, env_steps=64)
+        writer.message("update 2 left the policy unchanged: zero gradient")
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert line.endswith("step 64: update 2 left the policy unchanged: zero gradient")
 
 
 def test_csv_stays_whole_if_growing_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

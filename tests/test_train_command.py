@@ -93,6 +93,7 @@ def test_the_runs_directory_is_as_documented(trained):
         "meta.json",
         "progress.csv",
         "evaluations.csv",
+        "log.txt",
         "checkpoints",
         "best",
         "final",

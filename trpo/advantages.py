@@ -58,14 +58,13 @@ def gae(
 def standardize(advantage: Tensor, all_sum: AllSum = one_process) -> Tensor:
     """(Â − mean) / std [B] over the samples of all processes; zeros if all are equal.
 
-    "Equal" allows for rounding: a std below 1e-6 of the largest |Â| carries no signal, and dividing by it would only
-    blow up noise.
+    "Equal" allows for rounding: a std below 1e-6 of the mean carries no signal, and dividing by it would only blow up
+    noise.
     """
     wide = advantage.double()
     total, count = all_sum(torch.stack([wide.sum(), torch.ones_like(wide).sum()])).tolist()
-    centred = wide - total / count
-    square, largest = all_sum(torch.stack([centred.square().sum(), wide.abs().max()])).tolist()
-    std = math.sqrt(square / count)
-    if std <= 1e-6 * largest:
+    mean = total / count
+    std = math.sqrt(float(all_sum((wide - mean).square().sum())) / count)
+    if std <= 1e-6 * abs(mean):
         return torch.zeros_like(advantage)
-    return (centred / std).to(advantage.dtype)
+    return ((wide - mean) / std).to(advantage.dtype)

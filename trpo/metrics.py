@@ -11,15 +11,17 @@ import logging
 import math
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -33,6 +35,7 @@ from trpo.errors import UserError
 STEP_COLUMN = "env_steps"
 PROGRESS_FILE = "progress.csv"
 EVALUATIONS_FILE = "evaluations.csv"
+LOG_FILE = "log.txt"
 EVENT_FILE_PREFIX = "events.out.tfevents."
 
 _EVENTS = "TensorBoard events"
@@ -94,9 +97,11 @@ class MetricsWriter:
             UserError: the directory cannot be written, or holds another run's metrics and `resume_step` is not given.
         """
         with ExitStack() as opened:
-            self._sinks: dict[str, CsvTable | EventFile] = {}
+            self._sinks: dict[str, CsvTable | EventFile | AppendFile] = {}
             try:
                 directory.mkdir(parents=True, exist_ok=True)
+                self._sinks[LOG_FILE] = log = AppendFile(directory / LOG_FILE)
+                opened.callback(log.close)
                 for name in (PROGRESS_FILE, EVALUATIONS_FILE):
                     self._sinks[name] = table = CsvTable(directory / name, resume_step=resume_step)
                     opened.callback(table.close)
@@ -123,7 +128,9 @@ class MetricsWriter:
         self._record(EVALUATIONS_FILE, evaluation, env_steps)
 
     def message(self, text: str) -> None:
-        """A line for the reader of the console, such as a warning or that a checkpoint was written."""
+        """A line for the console and `log.txt`, such as a warning or why an update was refused."""
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} step {self._env_steps}: {text}\n"
+        self._attempt(LOG_FILE, lambda sink: sink.append(line.encode()))
         self._show(lambda console: console.message(text))
 
     def add_text(self, tag: str, text: str) -> None:
@@ -147,6 +154,7 @@ class MetricsWriter:
         self.close()
 
     def _record(self, table: str, metrics: Mapping[str, float | None], env_steps: int) -> None:
+        self._env_steps = env_steps
         values = {tag: _python_number(value) for tag, value in metrics.items()}
         for name in (table, _EVENTS):
             self._attempt(name, lambda sink: sink.write(values, env_steps=env_steps))
@@ -228,12 +236,13 @@ class EventFile:
     """
 
     def __init__(self, directory: Path, *, resume_step: int | None = None) -> None:
-        """Begins a new file beside those of earlier processes, whose points beyond `resume_step` become void."""
+        """Begins a new file beside those of earlier processes, which lose their points beyond `resume_step`."""
+        if resume_step is not None:
+            # TensorBoard has a marker that voids such points, but its default loader heeds it tag by tag, so late.
+            for path in directory.glob(f"{EVENT_FILE_PREFIX}*"):
+                _replace_file(path, _events_until(resume_step, path.read_bytes()))
         self._file = AppendFile(directory / _next_event_file_name(directory))
         self._write(Event(file_version="brain.Event:2"))
-        if resume_step is not None:
-            # A session that starts at step s voids what earlier files hold at s and after; resume_step itself stays.
-            self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, values: Mapping[str, float | None], *, env_steps: int) -> None:
         """The scalars of one step, in one record; None and NaN are left out."""
@@ -325,6 +334,23 @@ def _replace_file(path: Path, content: bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _events_until(step: int, content: bytes) -> bytes:
+    """The records of an event file that belong to `step` or before; a record cut short ends it.
+
+    A record is its length (8 bytes), a checksum (4), that many bytes of an `Event`, a checksum (4).
+    """
+    kept, start = [], 0
+    while start + 12 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, start)
+        stop = start + 12 + length + 4
+        if stop > len(content):
+            break
+        if Event.FromString(content[start + 12 : stop - 4]).step <= step:
+            kept.append(content[start:stop])
+        start = stop
+    return b"".join(kept)
 
 
 def _next_event_file_name(directory: Path) -> str:

@@ -59,24 +59,24 @@ class RunningMoments(nn.Module):
 class ObservationNormalizer(nn.Module):
     """x ↦ clip((x − mean) / √(variance + ε), ±clip), frozen between calls of `update`."""
 
-    shift: Tensor  # [D] in the network's dtype
-    scale: Tensor  # [D]
+    shift: Tensor  # [D] float64: where |mean| ≫ std, subtracting in float32 would lose the digits that matter
+    scale: Tensor  # [D] float64
 
     def __init__(self, dim: int, *, clip: float, dtype: torch.dtype, enabled: bool = True):
         super().__init__()
         self.enabled = enabled
         self.clip = clip
         self.moments = RunningMoments(dim)
-        self.register_buffer("shift", torch.zeros(dim, dtype=dtype), persistent=False)
-        self.register_buffer("scale", torch.ones(dim, dtype=dtype), persistent=False)
+        self.dtype = dtype
+        self.register_buffer("shift", torch.zeros(dim, dtype=torch.float64), persistent=False)
+        self.register_buffer("scale", torch.ones(dim, dtype=torch.float64), persistent=False)
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] in any dtype → normalised, in the network's dtype."""
-        x = x.to(self.shift.dtype)
         if not self.enabled:
-            return x
-        return ((x - self.shift) * self.scale).clamp_(-self.clip, self.clip)
+            return x.to(self.dtype)
+        return ((x - self.shift) * self.scale).clamp_(-self.clip, self.clip).to(self.dtype)
 
     def update(self, rows: Tensor, *, all_sum: AllSum = one_process) -> None:
         """Takes in observations [B, D] as the environment gave them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import cast
 
@@ -32,6 +33,10 @@ class Policy(nn.Module):
         self.normalizer = normalizer
         self.distribution = distribution
         self.theta = FlatParameters(self)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Policy:
+        # Copying member by member would leave the copy's parameters outside the copy's flat vector.
+        return Policy(copy.deepcopy(self.network, memo), self.distribution, copy.deepcopy(self.normalizer, memo))
 
     def forward(self, obs: Tensor) -> Tensor:
         """Normalised observations [B, D] → η [B, K]."""

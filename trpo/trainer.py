@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -23,11 +24,11 @@ from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
 from trpo.errors import CheckpointError, TrainingError, UserError
 from trpo.evaluation import Evaluation, evaluate
-from trpo.metrics import MetricsWriter, PhaseTimers
-from trpo.natural_gradient import StepReport
+from trpo.metrics import EVALUATIONS_FILE, CsvTable, MetricsWriter, PhaseTimers
+from trpo.natural_gradient import Outcome, StepReport
 from trpo.random_streams import stream_seed, torch_generator
-from trpo.run_directory import RunDirectory, RunLock
-from trpo.saved_policy import save_policy
+from trpo.run_directory import RunDirectory, RunLock, config_difference
+from trpo.saved_policy import load_policy, save_policy
 from trpo.signals import caught_signals
 
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
@@ -117,18 +118,25 @@ class Trainer:
         if not self.group.leads:
             self.run = RunDirectory.open(Path(directory))
         self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep)
+        changed: list[str] = []
         if resume:
             found = self.store.newest()
             if found is None:
                 raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
-            self._load_state(found[1], found[0])
+            changed = self._load_state(found[1], found[0])
         if self.group.leads:
+            if resume and self.updates == self.config.updates and not self._is_finished():
+                # It was cut short amid its last evaluation, which is about to be written again.
+                with contextlib.suppress(OSError):  # the writer, next, says it better
+                    CsvTable(self.run.path / EVALUATIONS_FILE, resume_step=self.env_steps - 1).close()
             self.writer = MetricsWriter(
                 self.run.path,
-                total_steps=self.config.total_steps,
+                total_steps=self.config.updates * self.config.batch_size,
                 console=console,
                 resume_step=self.env_steps if resume else None,
             )
+        if changed:
+            self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
         if self.env is not None and not self.env.exact_resume:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 
@@ -144,7 +152,7 @@ class Trainer:
         """
         last = self.config.updates if max_updates is None else min(self.config.updates, self.updates + max_updates)
         try:
-            if self.updates == self.config.updates and self.run.final.is_dir():
+            if self._is_finished():
                 self._say("this run is finished already")
                 return RunResult(self.run.path, self.env_steps, None)
             with caught_signals() as received:
@@ -156,6 +164,15 @@ class Trainer:
                 return self._finish(received[0] if received else None)
         finally:
             self.close()
+
+    def _is_finished(self) -> bool:
+        """Whether `final/` holds the policy of the last update: not damaged, nor that of a run since prolonged."""
+        if self.updates != self.config.updates or not self.run.final.is_dir():
+            return False
+        try:
+            return load_policy(self.run.final).info["env_steps"] == self.env_steps
+        except CheckpointError:
+            return False
 
     def _iteration(self) -> None:
         started = time.perf_counter()
@@ -207,11 +224,13 @@ class Trainer:
             return
         self.skipped_updates += 1
         self._say(f"update {self.updates} left the policy unchanged: {step.reason}")
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if step.nonfinite else 0
+        # F is positive semi-definite: only arithmetic that broke down finds a direction that is not.
+        broken = step.nonfinite or step.outcome is Outcome.NONPOSITIVE_CURVATURE
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if broken else 0
         if self.nonfinite_in_a_row >= self.config.natural_gradient.abort_after:
             raise TrainingError(
-                f"{self.nonfinite_in_a_row} updates in a row met non-finite values (last: {step.reason}); the last "
-                f"good checkpoint is in {self.run.path}; try a smaller max_kl or learning rate, or dtype float64"
+                f"the numerics of {self.nonfinite_in_a_row} updates in a row broke down (last: {step.reason}); the "
+                f"last good checkpoint is in {self.run.path}; try a smaller max_kl or learning rate, or dtype float64"
             )
 
     def _periodic(self, previous_steps: int) -> None:
@@ -233,9 +252,9 @@ class Trainer:
         self.elapsed_s += time.perf_counter() - started
         self.writer.write_evaluation(result.metrics(), env_steps=self.env_steps)
         if result.mean > self.best_return:
-            self.best_return = result.mean
             try:
                 self._save_policy(self.run.best, result)
+                self.best_return = result.mean
             except CheckpointError as error:
                 self._say(f"warning: the best policy so far was not saved: {error}")
         return result
@@ -266,7 +285,8 @@ class Trainer:
             self.failed_saves_in_a_row = 0
         except CheckpointError as error:
             self.failed_saves_in_a_row += 1
-            self._say(f"warning: no checkpoint at {self.env_steps} steps: {error}; training goes on")
+            of = f"{self.failed_saves_in_a_row} of {self.config.checkpoint.abort_after} failures in a row allowed"
+            self._say(f"warning: no checkpoint at {self.env_steps} steps: {error} ({of})")
             if self.failed_saves_in_a_row >= self.config.checkpoint.abort_after:
                 raise TrainingError(f"{self.failed_saves_in_a_row} checkpoints in a row failed: {error}") from error
 
@@ -282,7 +302,8 @@ class Trainer:
             "processes": self.group.gather_objects(local),
         }
 
-    def _load_state(self, state: dict[str, Any], path: Path) -> None:
+    def _load_state(self, state: dict[str, Any], path: Path) -> list[str]:
+        """Takes up a checkpoint; the settings that differ from those it was trained with."""
         try:
             if len(state["processes"]) != self.group.size:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
@@ -294,6 +315,7 @@ class Trainer:
             self.recent.load_state_dict(state["recent"])
             for name in COUNTERS:
                 setattr(self, name, state["counters"][name])
+            return config_difference(Config.model_validate(state["config"]), self.config)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             first_line = str(error).splitlines()[0]
             raise CheckpointError(f"{path}: does not fit this config ({first_line})") from error

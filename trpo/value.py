@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ class ValueFunction(nn.Module):
         super().__init__()
         self.network = network
         self.theta = FlatParameters(self)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ValueFunction:
+        # Copying member by member would leave the copy's parameters outside the copy's flat vector.
+        return ValueFunction(copy.deepcopy(self.network, memo))
 
     def forward(self, obs: Tensor) -> Tensor:
         """[B, D] → [B]."""

@@ -136,12 +136,14 @@ class EnvShard:
         self._check_finite(self._buffers.reset_obs, "a first observation")
 
     def step(self) -> None:
-        """Takes the actions in the buffers and writes everything else in them."""
+        """Takes the actions in the buffers and writes everything else in them; rows that are not `valid` stay."""
         buffers, i = self._buffers, 0
-        self._episode_steps += 1
+        self._episode_steps += buffers.valid
         buffers.success[:] = np.nan
         try:
             for i, env in enumerate(self._envs):
+                if not buffers.valid[i]:
+                    continue
                 row = buffers.action[i]
                 self._logs[i].append(row)
                 obs, reward, terminated, truncated, info = env.step(self._encoding.single(row))
@@ -158,7 +160,7 @@ class EnvShard:
         self._check_finite(buffers.reward, "a reward")
         self._check_finite(buffers.next_obs, "an observation")
         done = buffers.terminated | buffers.truncated
-        np.copyto(buffers.reset_obs, buffers.next_obs, where=~done[:, None])
+        np.copyto(buffers.reset_obs, buffers.next_obs, where=(buffers.valid & ~done)[:, None])
         if done.any():
             self._check_finite(buffers.reset_obs, "a first observation of its next episode")
             self._episode_steps[done] = 0

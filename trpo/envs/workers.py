@@ -47,6 +47,7 @@ class WorkerEnvs:
         self.num_envs = len(seeds)
         self.device = torch.device("cpu")
         self.restarts = 0
+        self._interrupted = np.zeros(self.num_envs, bool)  # episode lost since the last step; to be told by the next
         self._config = config
         self._seeds = [int(seed) for seed in seeds]
         self._memory = shared_memory()
@@ -64,6 +65,7 @@ class WorkerEnvs:
         with self._ending_on_error():
             for worker, failure in self._run("reset", self._config.timeout_s)[1]:
                 self._replace(worker, failure)
+            self._interrupted[:] = False
         return self._step.reset_obs
 
     def step(self, action: Tensor) -> Step:
@@ -72,19 +74,22 @@ class WorkerEnvs:
             buffers = self._buffers
             np.copyto(buffers.action, native_actions(self._encoding, action, self.num_envs))
             np.copyto(self._acted_in, buffers.reset_obs)
-            buffers.valid[:] = True
+            np.logical_not(self._interrupted, out=buffers.valid)  # the others are stepped
             for worker, failure in self._run("step", self._config.timeout_s)[1]:
                 self._replace(worker, failure)
-                self._cut(worker.start, worker.stop)
+            self._report_interrupted()
         return self._step
 
     def state_dict(self) -> dict[str, Any]:
         """See `BatchEnv.state_dict`; one entry per environment, the same whichever backend wrote it."""
         with self._ending_on_error():
             shares, lost = self._run("state_dict", self._config.timeout_s)
-            for _, failure in lost:
-                raise failure
-        return {"restarts": self.restarts, "envs": [state for share in shares for state in share]}
+            while lost:
+                for worker, failure in lost:
+                    self._replace(worker, failure)
+                shares, lost = self._run("state_dict", self._config.timeout_s)
+        envs = [state for share in shares for state in share]
+        return {"restarts": self.restarts, "interrupted": self._interrupted.copy(), "envs": envs}
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """See `BatchEnv.load_state_dict`; `EnvError` if an environment does not replay to the bit."""
@@ -97,6 +102,7 @@ class WorkerEnvs:
             for _, failure in self._run("load_state_dict", self._config.timeout_s * (1 + steps), shares)[1]:
                 raise failure
         self.restarts = int(state.get("restarts", 0))
+        self._interrupted[:] = state.get("interrupted", False)
         return self._step.reset_obs
 
     def close(self) -> None:
@@ -170,6 +176,7 @@ class WorkerEnvs:
             self._workers[position] = replacement = self._start(worker.start, worker.stop)
             try:
                 self._begin(replacement)
+                self._interrupted[worker.start : worker.stop] = True
                 return
             except WorkerLost as again:
                 failure = again
@@ -181,15 +188,16 @@ class WorkerEnvs:
             allowed_s = self._config.timeout_s + _START_S
             worker.receive(time.monotonic() + allowed_s, allowed_s)
 
-    def _cut(self, start: int, stop: int) -> None:
-        """The rows of environments whose step was lost with their worker; their new episodes have begun."""
-        rows = self._buffers.rows(start, stop)
-        rows.next_obs[:] = self._acted_in[start:stop]
-        rows.reward[:] = 0.0
-        rows.terminated[:] = False
-        rows.truncated[:] = True
-        rows.valid[:] = False
-        rows.success[:] = np.nan
+    def _report_interrupted(self) -> None:
+        """Writes the rows of environments whose episode was lost with their worker; their new episodes have begun."""
+        buffers, lost = self._buffers, self._interrupted
+        buffers.next_obs[lost] = self._acted_in[lost]
+        buffers.reward[lost] = 0.0
+        buffers.terminated[lost] = False
+        buffers.truncated[lost] = True
+        buffers.valid[lost] = False
+        buffers.success[lost] = np.nan
+        lost[:] = False
 
 
 def worker_count(requested: int, num_envs: int) -> int:

@@ -143,7 +143,7 @@ def trust_region_step(
     # xᵀFx without another product: Fx = g − residual − λx.
     fx = gradient - cg.residual - settings.damping * cg.x
     curvature = float(torch.dot(cg.x, fx))
-    if cg.iterations == 0 or not curvature > 0:
+    if cg.status is CGStatus.NONPOSITIVE_CURVATURE or not curvature > 0:
         return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
     step = math.sqrt(2 * max_kl / curvature) * cg.x
     expected_gain = float(torch.dot(gradient, step))
@@ -198,7 +198,7 @@ def _curvature(
         keep = max(1, round(settings.fisher_subsample * total))
         rows = torch.randperm(total, generator=generator)[:keep].to(batch.obs.device)
         linearization = policy.linearize(batch.obs[rows])
-        count = float(all_sum(torch.tensor(float(keep), dtype=torch.float64)))
+        count = float(all_sum(torch.tensor(float(len(rows)), dtype=torch.float64)))
     product = fisher_product(linearization, dist, count=count, all_sum=all_sum)
     if settings.preconditioner is None:
         return product, None
