@@ -208,7 +208,7 @@ TEXT_ERRORS = {
         "2: batch_size: 2048 is larger than total_steps 100: not one update fits",
     ),
     "std outside its bounds": (
-        "policy:\n  std_max: 0.5",
+        "policy:\n  initial_std: 0.6\n  std_max: 0.5",
         "3: policy.initial_std: must lie strictly between std_min 0.007 and std_max 0.5, not 0.6",
     ),
     "std bounds crossed": ("policy: {std_min: 30}", "2: policy.std_min: must be below std_max 20.0, not 30.0"),
@@ -487,7 +487,10 @@ def test_the_table_lists_every_setting_with_its_range_and_default() -> None:
     for leaf in leaves(parse_config(ENV).model_dump(by_alias=True)):
         assert f"\n| `{leaf}` | " in table
     assert "\n| `gae.lambda` | a number in [0, 1] | `0.95` | " in table
-    assert "\n| `natural_gradient.max_kl` | a number > 0 or a mapping {start, end, shape} | `0.01` | " in table
+    assert (
+        "\n| `natural_gradient.max_kl` | a number > 0 or a mapping {start, end, shape} | "
+        "`{start: 0.04, end: 0.01, shape: linear}` | "
+    ) in table
     assert "\n| `env.id` | text that is not empty | required | " in table
     assert all(row.replace(r"\|", "").count("|") == 5 and not row.endswith("|  |") for row in table.splitlines())
 

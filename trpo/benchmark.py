@@ -57,13 +57,22 @@ class Job:
 
     task: str  # name of its config file
     config: Config
-    root: Path  # run directories
+    runs: Path  # where run directories of all jobs lie
     result: Path  # the JSON file to write
 
     @property
     def fingerprint(self) -> str:
         """Of the settings: a finished run counts only for the settings it had."""
         return hashlib.sha256(dump_config(self.config).encode()).hexdigest()[:16]
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
+    def root(self) -> Path:
+        """Run directories of these settings: a cut run must never go on with others."""
+        return self.runs / f"{self.task}-{self.fingerprint}"
 
     @property
     def finished(self) -> bool:
@@ -79,7 +88,7 @@ def plan(
     for seed in range(seeds):
         for task in tasks:
             config = load_config(configs / f"{task}.yaml", [*overrides, f"seed={seed}"])
-            jobs.append(Job(task, config, root / task, out / task / f"seed-{seed}.json"))
+            jobs.append(Job(task, config, root, out / task / f"seed-{seed}.json"))
     return jobs
 
 
@@ -104,9 +113,9 @@ def _train_and_score(job: Job, episodes: int) -> str | None:
     """One run in a process of its own, going on from its checkpoint if it was cut; None or why it failed."""
     job.root.mkdir(parents=True, exist_ok=True)
     job.result.parent.mkdir(parents=True, exist_ok=True)
-    config_file = job.root / f"config-{job.fingerprint}.yaml"
+    config_file = job.root / "config.yaml"
     config_file.write_text(dump_config(job.config))
-    log = job.root / f"seed-{job.config.seed}.log"
+    log = job.log
     code = "import sys; from trpo.benchmark import train_one; train_one(sys.argv[1], sys.argv[2])"
     started = time.monotonic()
     with log.open("a") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from trpo.batch import Rollout
 from trpo.envs.contract import BatchEnv, Step
+from trpo.errors import EnvError
 from trpo.policy import Policy
 
 
@@ -26,7 +28,8 @@ class Collector:
     """Steps N environments for T steps with a fixed policy, into buffers made once.
 
     A rollout's tensors are these buffers: they are valid until the next call of `collect`. One policy forward pass per
-    step over all environments; everything else (values, log-probabilities, statistics) happens in batch afterwards.
+    step over all environments; everything else (values, log-probabilities, statistics) happens in batch afterwards. So
+    does whatever has to look at a tensor's values: on an accelerator nothing waits for it within a rollout.
 
     Args:
         env: the environments of this process.
@@ -61,7 +64,11 @@ class Collector:
         self._running_length = torch.zeros(env.num_envs, dtype=torch.int64)
 
     def collect(self) -> tuple[Rollout, Episodes]:
-        """One rollout of T steps, and the episodes that ended in it."""
+        """One rollout of T steps, and the episodes that ended in it.
+
+        Raises:
+            EnvError: an environment failed, or an action, observation or reward is not finite.
+        """
         out = self._buffers
         shape = (self.length, self.total_envs)
         like = self.policy.theta.vector
@@ -76,6 +83,7 @@ class Collector:
             if step.success is not None:
                 self._success[t] = step.success
             self.obs.copy_(step.reset_obs)
+        _check_finite(out)
         return out, self._episodes(out)
 
     def replay_error(self, rollout: Rollout) -> float:
@@ -99,16 +107,19 @@ class Collector:
         valid = rollout.valid.cpu()
         success = self._success.cpu()
         returns, lengths, successes = [], [], []
-        start_return, start_length = -self._running_return, -self._running_length
-        for t, n in done.nonzero().tolist():
-            if valid[t, n]:  # else the episode was cut by a lost worker: nobody knows how it would have ended
-                returns.append(float(total[t, n] - start_return[n]))
-                lengths.append(int(steps[t, n] - start_length[n]))
-            if not success[t, n].isnan():
-                successes.append(float(success[t, n]))
-            start_return[n], start_length[n] = total[t, n], steps[t, n]
-        self._running_return = total[-1] - start_return
-        self._running_length = steps[-1] - start_length
+        start_return, start_length = (-self._running_return).tolist(), (-self._running_length).tolist()
+        t, n = done.nonzero(as_tuple=True)
+        # Plain numbers from here on: a rollout of many environments ends thousands of episodes.
+        at_end = (x[t, n].tolist() for x in (total, steps, valid, success))
+        for i, total_i, steps_i, valid_i, success_i in zip(n.tolist(), *at_end, strict=True):
+            if valid_i:  # else the episode was cut by a lost worker: nobody knows how it would have ended
+                returns.append(total_i - start_return[i])
+                lengths.append(steps_i - start_length[i])
+            if not math.isnan(success_i):
+                successes.append(success_i)
+            start_return[i], start_length[i] = total_i, steps_i
+        self._running_return = total[-1] - torch.tensor(start_return, dtype=torch.float64)
+        self._running_length = steps[-1] - torch.tensor(start_length)
         return Episodes(returns, lengths, successes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,8 +133,9 @@ class Collector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.obs = self.env.load_state_dict(state["env"]).clone()
-        self._running_return = state["running_return"].clone()
-        self._running_length = state["running_length"].clone()
+        going_on = self.env.exact_resume  # else the environments began new episodes, of which nothing has happened yet
+        self._running_return = state["running_return"] * going_on
+        self._running_length = state["running_length"] * going_on
         self.generator.set_state(state["generator"])
 
 
@@ -152,3 +164,13 @@ def _store(out: Rollout, step: Step, t: int) -> None:
     out.terminated[t] = step.terminated
     out.truncated[t] = step.truncated
     out.valid[t] = step.valid
+
+
+def _check_finite(out: Rollout) -> None:
+    """Raises `EnvError` unless all is finite. Backends in host memory find it themselves, in the step where it is."""
+    for name, values in (("action", out.action), ("observation", out.next_obs), ("reward", out.reward)):
+        finite = values.isfinite()
+        if not finite.all():
+            t, n = (~finite).nonzero()[0, :2].tolist()
+            cause = "the policy diverged" if name == "action" else "the simulation diverged or divides by zero"
+            raise EnvError(f"environment {n}, step {t} of the rollout: the {name} is not finite ({cause})")

@@ -60,14 +60,16 @@ class WrapperConfig(Settings):
 class EnvConfig(Settings):
     id: str = Field(min_length=1, description="Gymnasium id, or `module:Env-v0` to import the module first.")
     num_envs: int = Field(16, ge=1, description="Environments stepped side by side (all processes together).")
-    backend: Literal["auto", "gymnasium", "gymnasium-async"] = Field(
-        "auto", description="`gymnasium`: in this process; `gymnasium-async`: in worker processes; `auto` chooses."
+    backend: Literal["auto", "gymnasium", "gymnasium-async", "envpool", "torch"] = Field(
+        "auto",
+        description="`gymnasium`: in this process; `gymnasium-async`: in worker processes; `envpool`: in threads, by "
+        "that package; `torch`: Pendulum-v1 and CartPole-v1 on `device`; `auto` chooses.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of `gymnasium.make`.")
     wrappers: Annotated[tuple[WrapperConfig, ...], Field(strict=False)] = Field(
         (), description="Gymnasium wrappers, innermost first."
     )
-    workers: int = Field(0, ge=0, description="Worker processes of `gymnasium-async`; 0: one per core.")
+    workers: int = Field(0, ge=0, description="Processes of `gymnasium-async`, threads of `envpool`; 0: one per core.")
     timeout_s: float = Field(60.0, gt=0, description="Seconds a worker may take for one step before it counts as hung.")
     on_worker_failure: Literal["fail", "restart"] = Field(
         "fail", description="What to do when a worker dies or hangs; `restart` truncates the cut episodes."
@@ -78,7 +80,7 @@ class EnvConfig(Settings):
 class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
-    initial_std: float = Field(0.6, gt=0, description="Standard deviation of the Gaussian policy at the start.")
+    initial_std: float = Field(1.0, gt=0, description="Standard deviation of the Gaussian policy at the start.")
     state_dependent_std: bool = Field(False, description="Let the network output log σ(s) instead of one vector.")
     std_min: float = Field(0.007, gt=0, description="Lower bound on σ, reached smoothly.")
     std_max: float = Field(20.0, gt=0, description="Upper bound on σ, reached smoothly.")
@@ -139,7 +141,10 @@ class LineSearchConfig(Settings):
 
 
 class NaturalGradientConfig(Settings):
-    max_kl: Scheduled = Field(0.01, description="Bound δ on the mean joint KL(π_old ‖ π_new), constant or scheduled.")
+    max_kl: Scheduled = Field(
+        Schedule(start=0.04, end=0.01),
+        description="Bound δ on the mean joint KL(π_old ‖ π_new), constant or scheduled.",
+    )
     damping: float = Field(0.1, ge=0, description="λ in (F + λI)x = g.")
     cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")
     cg_tolerance: float = Field(1e-8, ge=0, lt=1, description="Stop when ‖residual‖ ≤ tolerance · ‖g‖.")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from trpo.parameters import split_like
 
@@ -57,6 +58,8 @@ class MLP(nn.Module):
         self.activation = activation
         layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.layers = nn.ModuleList(layers)
+        self._linears = layers  # the same modules: looking them up in a ModuleList costs more than a small product
+        self.shapes = [p.shape for p in self.parameters()]
         for layer in layers:
             gain = head_scale if layer is layers[-1] else math.sqrt(2)
             nn.init.orthogonal_(layer.weight, gain, generator=generator)
@@ -65,15 +68,15 @@ class MLP(nn.Module):
     @property
     def linears(self) -> list[nn.Linear]:
         """The layers, first to last."""
-        return [cast(nn.Linear, layer) for layer in self.layers]
+        return self._linears
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D] → [B, K]."""
         act = ACTIVATIONS[self.activation][0]
-        *hidden, head = self.layers
+        *hidden, head = self._linears
         for layer in hidden:
-            x = act(layer(x))
-        return head(x)
+            x = act(linear(x, layer.weight, layer.bias))
+        return linear(x, head.weight, head.bias)
 
     def linearize(self, x: Tensor) -> MlpLinearization:
         """Closed-form linearisation at the current θ for inputs x [B, D]; later changes of θ do not touch it."""
@@ -90,18 +93,18 @@ class MlpLinearization:
     @torch.no_grad()
     def __init__(self, mlp: MLP, x: Tensor):
         act, slope = ACTIVATIONS[mlp.activation]
-        self._shapes = [p.shape for p in mlp.parameters()]
+        self._shapes = mlp.shapes
         # Copies: the line search moves θ while this object still describes θ_old.
         self._weights = [layer.weight.detach().clone() for layer in mlp.linears]
         self._inputs = [x]
         self._slopes = []
         *hidden, head = mlp.linears
         for layer in hidden:
-            z = layer(self._inputs[-1])
+            z = linear(self._inputs[-1], layer.weight, layer.bias)
             h = act(z)
             self._inputs.append(h)
             self._slopes.append(slope(z, h))
-        self.output = head(self._inputs[-1])
+        self.output = linear(self._inputs[-1], head.weight, head.bias)
         self._tangents = [torch.empty_like(h) for h in self._inputs[1:]]
         self._cotangents = [torch.empty_like(h) for h in self._inputs[1:]]
 

@@ -102,13 +102,20 @@ def describe(schema: Schema) -> str:
             return str(schema.get("form", "text that is not empty" if schema.get("minLength") else "text"))
 
 
+def _as_in_a_file(default: Any) -> str:
+    """A default as it would be written in YAML."""
+    if isinstance(default, dict) and default:
+        return "{" + ", ".join(f"{key}: {_as_in_a_file(value)}" for key, value in default.items()) + "}"
+    return default if isinstance(default, str) else show(default)
+
+
 def settings_table() -> str:
     """All settings as a Markdown table: key path, type and range, default, meaning."""
     rows = ["| Setting | Type and range | Default | Meaning |", "|---|---|---|---|"]
     for path, schema, required in _walk(_root(), ()):
         if "properties" not in schema:
             default = schema.get("default", {})
-            default = "required" if required else f"`{default if isinstance(default, str) else show(default)}`"
+            default = "required" if required else f"`{_as_in_a_file(default)}`"
             cells = (f"`{dotted(path)}`", describe(schema), default, schema.get("description", ""))
             rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

@@ -90,7 +90,7 @@ class Trainer:
         if shard.start == shard.stop:
             raise UserError(f"env.num_envs {config.env.num_envs} is less than the {self.group.size} processes")
         seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
-        env = self.env = make_envs(config.env, seeds)
+        env = self.env = make_envs(config.env, seeds, device=self.device)
         self.action_space = env.single_action_space
         self.agent = Agent(
             config,
@@ -285,8 +285,8 @@ class Trainer:
             self.failed_saves_in_a_row = 0
         except CheckpointError as error:
             self.failed_saves_in_a_row += 1
-            of = f"{self.failed_saves_in_a_row} of {self.config.checkpoint.abort_after} failures in a row allowed"
-            self._say(f"warning: no checkpoint at {self.env_steps} steps: {error} ({of})")
+            count = f"failure {self.failed_saves_in_a_row} in a row, given up at {self.config.checkpoint.abort_after}"
+            self._say(f"warning: no checkpoint at {self.env_steps} steps: {error} ({count})")
             if self.failed_saves_in_a_row >= self.config.checkpoint.abort_after:
                 raise TrainingError(f"{self.failed_saves_in_a_row} checkpoints in a row failed: {error}") from error
 

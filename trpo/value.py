@@ -74,7 +74,7 @@ class AdamFit:
         self.all_sum = all_sum
         # One flat parameter: one fused update instead of one per layer.
         self._flat = nn.Parameter(value.theta.vector)
-        self._optimizer = torch.optim.Adam([self._flat], lr=learning_rate(0.0), eps=1e-5)
+        self._optimizer = torch.optim.Adam([self._flat], lr=learning_rate(0.0), eps=1e-5, fused=True)
 
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
         self._optimizer.param_groups[0]["lr"] = self.learning_rate(progress)

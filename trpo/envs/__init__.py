@@ -12,6 +12,8 @@ from trpo.config import EnvConfig
 from trpo.envs.single import make_single_env
 
 if TYPE_CHECKING:
+    import torch
+
     from trpo.envs.contract import BatchEnv
 
 __all__ = ["make_envs", "make_single_env"]
@@ -19,12 +21,13 @@ __all__ = ["make_envs", "make_single_env"]
 AUTO_BACKEND = "gymnasium"  # what `backend: auto` means
 
 
-def make_envs(config: EnvConfig, seeds: Sequence[int]) -> BatchEnv:
+def make_envs(config: EnvConfig, seeds: Sequence[int], *, device: torch.device | None = None) -> BatchEnv:
     """Environments stepped side by side on the backend that `config.backend` names.
 
     Args:
         config: The environment and how to run it. `config.num_envs` plays no part: a process may have a share of them.
         seeds: One per environment, given to its first reset. At least one.
+        device: Where environments written in torch live, by default the CPU; the others are always there.
 
     Raises:
         EnvError: The environment cannot be built or is not supported.
@@ -34,6 +37,16 @@ def make_envs(config: EnvConfig, seeds: Sequence[int]) -> BatchEnv:
         from trpo.envs.workers import WorkerEnvs
 
         return WorkerEnvs(config, seeds)
+    if backend == "envpool":
+        from trpo.envs.envpool import EnvpoolEnvs
+
+        return EnvpoolEnvs(config, seeds)
+    if backend == "torch":
+        import torch
+
+        from trpo.envs.torch_native import TorchEnvs
+
+        return TorchEnvs(config, seeds, device=device or torch.device("cpu"))
     from trpo.envs.gymnasium import GymnasiumEnvs
 
     return GymnasiumEnvs(config, seeds)

@@ -1,0 +1,108 @@
+"""`EnvpoolEnvs`: Gymnasium's tasks stepped in C++ threads by the envpool package."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box, Discrete, Space
+from gymnasium.spaces.utils import flatdim
+from torch import Tensor
+
+from trpo.config import EnvConfig
+from trpo.envs.single import make_single_env
+from trpo.envs.vector import VectorEnvAdapter
+from trpo.envs.workers import restart_seed, worker_count
+from trpo.errors import EnvError
+
+
+class EnvpoolEnvs(VectorEnvAdapter):
+    """N environments of envpool; a `BatchEnv`.
+
+    The policy is evaluated in Gymnasium's environment of the same id, so that has to exist with the same spaces; its
+    action space is the one handed on, since envpool's MuJoCo actions are float64 where Gymnasium's are float32.
+
+    envpool starts an episode's successor in a step of its own, which is a row of its own here and not valid. Seeds
+    belong to environments, so numbers depend neither on the threads nor on how environments are spread over processes.
+    A simulator cannot be restored: `load_state_dict` starts new episodes, with seeds of their own. Where an episode
+    terminates in its very last step before the time limit, envpool reports a truncation only.
+
+    Raises:
+        EnvError: envpool is not installed, has no such task or another one than Gymnasium under that id, or the
+            settings name wrappers.
+    """
+
+    def __init__(self, config: EnvConfig, seeds: Sequence[int]) -> None:
+        self._config = config
+        self._seeds = [int(seed) for seed in seeds]
+        super().__init__(_pool(config, self._seeds))
+        try:
+            self.single_action_space = _action_space(config, self._raw_space, self.single_action_space)
+        except BaseException:
+            self.close()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run is: enough for other seeds than those it began with."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        """Starts new episodes, since nothing can be restored; none of them was in the run before."""
+        self._steps = int(state["steps"])
+        self._env.close()
+        self._env = _pool(self._config, [restart_seed(seed, self._steps) >> 1 for seed in self._seeds])
+        return self.reset()
+
+
+def _pool(config: EnvConfig, seeds: list[int]) -> Any:
+    """envpool's vector environment; `seeds` in [0, 2³¹), given here because its `reset` ignores them."""
+    try:
+        envpool = importlib.import_module("envpool")
+    except ImportError as error:
+        raise EnvError(f"env.backend envpool needs a package: pip install 'trpo[envpool]' ({error})") from error
+    if config.wrappers:
+        raise EnvError("env.wrappers: backend envpool takes none; remove them, or set env.backend to gymnasium")
+    tasks = envpool.list_all_envs()
+    if config.id not in tasks:
+        near = difflib.get_close_matches(config.id, tasks, n=3)
+        hint = f"did you mean {' or '.join(near)}? Otherwise " if near else ""
+        raise EnvError(f"env.id: envpool has no {config.id!r}; {hint}set env.backend to gymnasium")
+    threads = worker_count(config.workers, len(seeds))
+    try:
+        return envpool.make(
+            config.id, env_type="gymnasium", num_envs=len(seeds), seed=seeds, num_threads=threads, **config.kwargs
+        )
+    except Exception as error:
+        raise EnvError(
+            f"{config.id} cannot be built by envpool with env.kwargs {config.kwargs}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _action_space(config: EnvConfig, observed: Space[Any], acted: Space[Any]) -> Space[Any]:
+    """Gymnasium's action space for the task, whose spaces have to be those of envpool but for the dtype."""
+    env = make_single_env(config)
+    env.close()
+    ours, width = env.action_space, flatdim(env.observation_space)
+    if flatdim(observed) != width:
+        raise EnvError(
+            f"{config.id} observes {flatdim(observed)} numbers in envpool and {width} in Gymnasium, where the policy "
+            "is evaluated: set env.backend to gymnasium"
+        )
+    if not _same_actions(ours, acted):
+        raise EnvError(
+            f"{config.id} acts in {acted} in envpool and in {ours} in Gymnasium, where the policy is evaluated: set "
+            "env.backend to gymnasium"
+        )
+    return ours
+
+
+def _same_actions(a: Space[Any], b: Space[Any]) -> bool:
+    if isinstance(a, Discrete) and isinstance(b, Discrete):
+        return (a.n, a.start) == (b.n, b.start)
+    if isinstance(a, Box) and isinstance(b, Box):
+        # Bounds may be of either float type: 0.4 is not the same number in both.
+        return a.shape == b.shape and np.allclose(a.low, b.low) and np.allclose(a.high, b.high)
+    return False
