@@ -3,7 +3,7 @@
     python benchmarks/soak.py --minutes 10
 
 Every few seconds something happens to a trainer with worker processes: it is killed, told to stop, loses a worker; the
-newest checkpoint is damaged, log files are torn. Each time `train.py --resume auto` is started again. At the end the
+newest checkpoint is damaged, logs end amid a line. Each time `train.py --resume auto` is started again. At the end the
 run that came through has to be, to the bit, what one process makes of as many updates: networks, optimiser, statistics,
 random streams, environments, best policy, and all that was logged except the time.
 
@@ -94,7 +94,7 @@ class Soak:
         return find_run(self.root, self.config)
 
     def rain(self, seconds: float, pause_s: float) -> Path:
-        """Trains for `seconds` with a fault after every `pause_s` on average; the run directory, its trainer stopped."""
+        """Trains for `seconds`, with a fault after every `pause_s` on average; returns the run directory."""
         faults = {
             self.kill: 3,
             self.terminate: 3,
@@ -224,12 +224,13 @@ class Soak:
         return self.rng.choice(sorted(paths[0].iterdir()))
 
     def tear_logs(self) -> None:
-        """As a loss of power may leave them: the last bytes of tables and events are missing."""
+        """As if killed amid writing: a row and a record that end too early."""
         self.kill()
         if run := self.run:
-            for file in (run / "progress.csv", *run.glob("events.out.tfevents.*")):
-                size = file.stat().st_size
-                os.truncate(file, max(size - self.rng.randrange(1, 200), size // 2))
+            for file in (run / "progress.csv", *sorted(run.glob("events.out.tfevents.*"))[-1:]):
+                content = file.read_bytes()
+                with file.open("ab") as opened:
+                    opened.write(content[: self.rng.randrange(1, 80)])
 
 
 def is_valid(path: Path) -> bool:

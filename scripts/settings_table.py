@@ -1,12 +1,12 @@
-"""Writes docs/settings.md from the settings' own types, ranges and descriptions; `--check` only compares."""
+"""Writes docs/settings.md and the README's table from the settings' own types, ranges and descriptions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from trpo.config_file import settings_table
 from trpo.errors import CommandParser, UserError, run_command
+from trpo.settings_schema import settings_table
 
 INTRODUCTION = """\
 # Settings
@@ -30,18 +30,31 @@ given twice, an unknown key, a tag, an anchor or an alias is an error that names
 """
 
 
+BEGIN, END = "<!-- settings: made by scripts/settings_table.py -->", "<!-- end of settings -->"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the page, or with ``--check`` raises ``UserError`` where it is out of date."""
+    """Writes page and README, or with ``--check`` raises ``UserError`` where one is out of date."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 2 if the page is out of date")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "settings.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 2 if a file is out of date")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the checkout")
     options = parser.parse_args(arguments)
-    page = INTRODUCTION + settings_table()
-    if not options.check:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page, encoding="utf-8")
-    elif not options.out.is_file() or options.out.read_text(encoding="utf-8") != page:
-        raise UserError(f"{options.out}: out of date; run python scripts/settings_table.py")
+    readme = options.root / "README.md"
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"{readme}: the marks {BEGIN} and {END} are missing; put them where the table belongs")
+    table = settings_table()
+    wanted = {
+        options.root / "docs" / "settings.md": INTRODUCTION + table,
+        readme: f"{before}{BEGIN}\n\n{table}\n{END}{after}",
+    }
+    for path, text in wanted.items():
+        if not options.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            raise UserError(f"{path}: out of date; run python scripts/settings_table.py")
 
 
 if __name__ == "__main__":

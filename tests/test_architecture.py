@@ -33,6 +33,7 @@ LAYERS = (
         "random_streams",
         "reduction",
         "schedule",
+        "seed_statistics",
         "settings_schema",
         "signals",
         "strict_yaml",

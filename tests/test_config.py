@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trpo.config import Config, PolicyConfig, Schedule
-from trpo.config_file import dump_config, load_config, parse_config, settings_table
+from trpo.config_file import dump_config, load_config, parse_config
 from trpo.errors import ConfigError, UserError
-from trpo.settings_schema import describe, words
+from trpo.settings_schema import describe, settings_table, words
 
 ROOT = Path(__file__).parents[1]
 ENV = "env: {id: X}\n"  # line 1 of most texts below
@@ -503,14 +503,18 @@ def test_a_choice_that_may_be_null_is_described_by_its_words() -> None:
     assert (describe(two), words(two)) == ("one of a, b or null", ["a", "b"])
 
 
-def test_the_page_of_settings_is_current_and_staleness_is_noticed(tmp_path: Path) -> None:
+def test_the_settings_in_docs_and_readme_are_current_and_staleness_is_noticed(tmp_path: Path) -> None:
     main = runpy.run_path(str(ROOT / "scripts" / "settings_table.py"))["main"]
     main(["--check"])
-    page = tmp_path / "settings.md"
-    with pytest.raises(UserError, match="out of date"):
-        main(["--check", "--out", str(page)])
-    main(["--out", str(page)])
-    main(["--check", "--out", str(page)])
-    page.write_text(page.read_text(encoding="utf-8").replace("`0.95`", "`0.96`"), encoding="utf-8")
-    with pytest.raises(UserError, match=r"settings\.md: out of date; run python scripts/settings_table\.py"):
-        main(["--check", "--out", str(page)])
+    copy, arguments = tmp_path / "README.md", ["--root", str(tmp_path)]
+    copy.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"settings\.md: out of date"):
+        main(["--check", *arguments])
+    main(arguments)
+    main(["--check", *arguments])
+    for page in (copy, tmp_path / "docs" / "settings.md"):
+        good = page.read_text(encoding="utf-8")
+        page.write_text(good.replace("`0.95`", "`0.96`"), encoding="utf-8")
+        with pytest.raises(UserError, match=rf"{page.name}: out of date; run python scripts/settings_table\.py"):
+            main(["--check", *arguments])
+        page.write_text(good, encoding="utf-8")

@@ -20,13 +20,13 @@ from trpo.metrics import MetricsWriter
 from trpo.plotting import (
     Curve,
     aggregate,
-    bootstrap_interval,
     draw,
     find_runs,
     longest_per_seed,
     plot_runs,
     read_curve,
 )
+from trpo.seed_statistics import bootstrap_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 RETURN = "rollout/ep_rew_mean"

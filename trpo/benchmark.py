@@ -30,6 +30,7 @@ from trpo.evaluation import evaluate
 from trpo.metrics import read_table
 from trpo.run_directory import find_run
 from trpo.saved_policy import load_policy
+from trpo.seed_statistics import bootstrap_interval, interquartile_mean
 
 SUITES = {
     "classic": ["pendulum", "cartpole", "acrobot", "mountain_car_continuous"],
@@ -182,32 +183,6 @@ def _columns(path: Path) -> dict[str, list[float | None]]:
     return {name: [float(row[i]) if row[i] else None for row in rows] for i, name in enumerate(header)}
 
 
-# -------------------------------------------------------------------- statistics
-
-
-def interquartile_mean(scores: np.ndarray[Any, Any]) -> float:
-    """Mean of the middle half of the scores (Agarwal et al. 2021, §4.3); quarter weights where 4 does not divide."""
-    ordered = np.sort(np.asarray(scores, dtype=float))
-    n = len(ordered)
-    left = np.arange(n) / n
-    weight = np.clip(np.minimum(left + 1 / n, 0.75) - np.maximum(left, 0.25), 0, None)
-    return float((weight * ordered).sum() / weight.sum())
-
-
-def bootstrap_interval(
-    scores: np.ndarray[Any, Any], statistic: Callable[[np.ndarray[Any, Any]], float], *, resamples: int = 2000
-) -> tuple[float, float]:
-    """95 % percentile bootstrap over seeds (Efron & Tibshirani 1993, §13.3), with a fixed seed of its own."""
-    rng = np.random.default_rng(0)
-    scores = np.asarray(scores, dtype=float)
-    draws = [statistic(scores[rng.integers(len(scores), size=len(scores))]) for _ in range(resamples)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
-
-
-# -------------------------------------------------------------------- tables
-
-
 def load_results(out: Path) -> dict[str, list[dict[str, Any]]]:
     """All finished runs under `out`, by task, ordered by seed."""
     results: dict[str, list[dict[str, Any]]] = {}
@@ -271,7 +246,7 @@ def _summary(results: dict[str, list[dict[str, Any]]], command: str) -> str:
     for runs in results.values():
         scores = np.array([np.mean(r["returns"]) for r in runs])
         noisy = np.mean([np.mean(r["stochastic_returns"]) for r in runs])
-        low, high = bootstrap_interval(scores, lambda s: float(np.mean(s)))
+        low, high = (float(bound[0]) for bound in bootstrap_interval(scores[:, None]))
         lines.append(
             f"| {runs[0]['environment']} | {runs[0]['env_steps']:,} | {len(runs)} | {scores.mean():.1f} ± "
             f"{scores.std():.1f} | {low:.1f} … {high:.1f} | {interquartile_mean(scores):.1f} | {scores.min():.1f} | "

@@ -22,7 +22,6 @@ from trpo.settings_schema import (
     is_untyped,
     key_path,
     schema_at,
-    settings_table,
     unknown_setting,
     words,
 )
@@ -40,7 +39,7 @@ from trpo.strict_yaml import (
     write_yaml,
 )
 
-__all__ = ["dump_config", "load_config", "parse_config", "settings_table"]
+__all__ = ["dump_config", "load_config", "parse_config"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trpo.config_file import load_config
 from trpo.errors import UserError
 from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE, read_table
+from trpo.seed_statistics import Array, bootstrap_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Array = NDArray[np.float64]
 
 CONFIG_FILE = "config.yaml"
 DEFAULT_METRIC = "rollout/ep_rew_mean"
@@ -35,7 +33,6 @@ AXIS_LABELS = {
 }
 
 GRID_POINTS = 200
-RESAMPLES = 2000
 MIN_SEEDS_FOR_BOOTSTRAP = 3  # of two values there are three resamples: no interval worth the name
 
 logger = logging.getLogger(__name__)
@@ -155,20 +152,6 @@ def aggregate(curves: Sequence[Curve]) -> Band | None:
     else:
         (low, high), interval = bootstrap_interval(values), "95% bootstrap interval"
     return Band(grid, values.mean(axis=0), low, high, interval)
-
-
-def bootstrap_interval(values: Array, *, coverage: float = 0.95) -> tuple[Array, Array]:
-    """Percentile bootstrap interval of the mean over seeds, the same at every call.
-
-    Args:
-        values: [S, G], S seeds at G steps. A seed is drawn as a whole, since its points depend on each other.
-        coverage: probability inside the interval, in (0, 1).
-    """
-    seeds = values.shape[0]
-    counts = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)  # [R, S]
-    tail = (1 - coverage) / 2
-    low, high = np.quantile(counts @ values / seeds, [tail, 1 - tail], axis=0)
-    return low, high
 
 
 def draw(curves: Sequence[Curve], metric: str) -> Figure:
