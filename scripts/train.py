@@ -48,21 +48,23 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
         overrides.append(f"seed={args.seed}")
     # Quoted: a name like 3 is text, not a number.
     overrides += [f"{key}={json.dumps(value)}" for key, value in text.items() if value is not None]
+    given = load_config(args.config, overrides) if args.config else None
     if args.resume and args.resume != "auto":
-        run = Path(args.resume)
-        saved = load_config(run / "config.yaml", overrides)
-        if args.config:
-            difference = config_difference(saved, load_config(args.config, overrides))
-            if difference:
-                raise UserError(
-                    f"{args.config} differs from the run's own settings ({'; '.join(difference)}); leave --config out, "
-                    "and change settings of a resumed run with --set"
-                )
-        return saved, run
-    if not args.config:
+        run: Path | None = Path(args.resume)
+    elif given is None:
         raise UserError("say what to train: --config FILE, for example configs/pendulum.yaml")
-    config = load_config(args.config, overrides)
-    return config, find_run(Path(args.root), config) if args.resume else None
+    else:
+        run = find_run(Path(args.root), given) if args.resume else None
+        if run is None:
+            return given, None
+    assert run is not None
+    saved = load_config(run / "config.yaml", overrides)
+    if given is not None and (difference := config_difference(saved, given)):
+        raise UserError(
+            f"{args.config} differs from the run's own settings ({'; '.join(difference)}); to go on with {run}, name "
+            "it after --resume without --config, and change settings with --set; for a new run leave --resume out"
+        )
+    return saved, run
 
 
 if __name__ == "__main__":

@@ -135,6 +135,20 @@ class TestAgainstGymnasium:
         assert seen.dtype == obs.dtype
         np.testing.assert_array_max_ulp(seen, obs, maxulp=1)  # float32 of cosines that differ in the last of 53 bits
 
+    @pytest.mark.parametrize("component", [0, 2])
+    @pytest.mark.parametrize("sign", [-1, 1])
+    def test_a_cart_or_pole_ends_its_episode_beyond_its_limit_only(self, component: int, sign: int) -> None:
+        limit, env = {0: 2.4, 2: math.radians(12)}[component], gymnasium.make("CartPole-v1")
+        env.reset()
+        for distance, speed in ((1.0, 0.0), (1 - 1e-9, 0.0), (1 + 1e-9, 0.0), (0.99, 9.0), (1.01, -9.0)):
+            state = np.zeros(4)
+            state[component : component + 2] = sign * distance * limit, sign * speed * limit
+            env.unwrapped.state, env.unwrapped.steps_beyond_terminated = state, None
+            _, _, terminated, _, _ = env.step(0)
+            _, _, found = TASKS["CartPole-v1"].advance(torch.from_numpy(state)[:, None], torch.tensor([[0]]))
+            assert bool(found) == terminated
+        assert not terminated  # it came back
+
     @pytest.mark.parametrize("env_id", TASKS)
     def test_whole_episodes_of_random_actions(self, env_id: str) -> None:
         """From Gymnasium's own first states. A pole falls within 2 s, a pendulum swings: errors of 1e-16 a step grow
@@ -218,12 +232,14 @@ class TestEpisodes:
             assert np.abs(error).max() < 5 * 2 * math.sqrt(q * (1 - q) / n) + 0.01
 
     def test_no_episode_begins_as_another(self) -> None:
-        envs = make("Pendulum-v1")
-        begun = [envs.reset().clone(), envs.reset().clone()]
-        for action in random_actions(envs.single_action_space, 20 * 200, len(SEEDS)):
+        """Episodes that begin at step n take number n of each environment's stream, whatever is drawn together."""
+        envs, task, keys = make("Pendulum-v1"), TASKS["Pendulum-v1"], stream_keys(SEEDS, CPU)
+        begun = [envs.reset() for _ in range(40)]
+        for action in random_actions(envs.single_action_space, 400, len(SEEDS)):
             step = envs.step(action)
             begun += [step.reset_obs] if bool(step.truncated.all()) else []
-        assert len(begun) == 2 + 20
+        expected = [task.observe(task.begin(uniform(keys, n, 1, 2)[0])) for n in (*range(40), 40 + 199, 40 + 399)]
+        assert torch.equal(torch.cat(begun), torch.cat(expected))
         assert len(torch.cat(begun).unique(dim=0)) == len(begun) * len(SEEDS)
 
     @pytest.mark.parametrize("env_id", TASKS)
@@ -359,6 +375,8 @@ class TestExactResume:
             last = envs.step(action).reset_obs
         save_state(tmp_path / "state", envs.state_dict())
         restored = make(env_id, [1, 2, 3, 4, 5])
+        for _ in range(3):
+            restored.reset()
         assert torch.equal(restored.load_state_dict(load_state(tmp_path / "state")), last)
         for action in after:
             a, b = envs.step(action), restored.step(action)

@@ -265,13 +265,6 @@ class TestRestart:
             resumed.step(torch.zeros(1, 1))
         envs.close()
 
-    def test_a_worker_lost_before_a_checkpoint_is_an_error(self) -> None:
-        envs = pendulum()
-        envs.reset()
-        kill_first_worker(envs)
-        with pytest.raises(EnvError, match="killed by SIGKILL"):
-            envs.state_dict()
-
 
 def pendulum() -> WorkerEnvs:
     return WorkerEnvs(EnvConfig(id="Pendulum-v1", workers=1, on_worker_failure="restart", max_restarts=1), [5])
@@ -280,3 +273,4 @@ def pendulum() -> WorkerEnvs:
 def kill_first_worker(envs: WorkerEnvs) -> None:
     """For environments whose observations do not tell their process."""
     envs._workers[0].process.kill()
+    envs._workers[0].process.wait()

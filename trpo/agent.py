@@ -179,7 +179,8 @@ class Agent:
             "fisher_generator": self.fisher_generator.get_state(),
         }
 
-    def load_local_state_dict(self, state: dict[str, Any]) -> None:
-        self.reward_scaler.returns.copy_(state["reward_returns"])
+    def load_local_state_dict(self, state: dict[str, Any], *, new_episodes: bool = False) -> None:
+        """Takes up `local_state_dict`; with `new_episodes` the environments did not go on with theirs."""
+        self.reward_scaler.returns.copy_(state["reward_returns"] * (not new_episodes))
         self.fit_generator.set_state(state["fit_generator"])
         self.fisher_generator.set_state(state["fisher_generator"])

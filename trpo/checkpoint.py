@@ -51,6 +51,10 @@ _NUMPY_NATIVE = _UNSIGNED | _SIGNED | {"bool", "float16", "float32", "float64", 
 _TORCH_NATIVE = {getattr(torch, name) for name in (*_NUMPY_NATIVE, "bfloat16")}
 
 
+class NewerSchemaError(CheckpointError):
+    """A checkpoint is whole, but written by a newer version: not to be passed over, nor deleted as superseded."""
+
+
 def save_state(path: Path, state: State, *, replace: bool = False) -> None:
     """Writes a checkpoint so that a crash at any instant leaves either all of it or nothing at `path`.
 
@@ -93,6 +97,8 @@ def load_state(path: Path) -> State:
             raise ValueError("there is no such directory")
         manifest = _read_manifest(directory / MANIFEST_FILE)
         return _decode(manifest["state"], _read_tensors(directory / TENSORS_FILE, manifest["tensors"]))
+    except NewerSchemaError as error:
+        raise NewerSchemaError(f"cannot load checkpoint {path}: {error}") from error
     except (
         Exception
     ) as error:  # a trust boundary: parsers fed with hostile bytes raise anything, and users see one kind
@@ -158,10 +164,15 @@ def newest_checkpoint(
     """The newest valid checkpoint under `directory` and its state; None without one. Changes nothing on disk.
 
     Damaged checkpoints are passed over, with a line to `on_warning` for each.
+
+    Raises:
+        NewerSchemaError: going on from an older checkpoint would leave, and in time delete, what a newer version saved.
     """
     for path in checkpoint_paths(directory):
         try:
             return path, load_state(path)
+        except NewerSchemaError:
+            raise
         except CheckpointError as error:
             on_warning(f"skipped a damaged checkpoint: {error}")
     return None
@@ -332,7 +343,9 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     if type(body) is not dict or body.get("format") != FORMAT or type(body.get("schema")) is not int:
         raise ValueError(f"{file.name} is no checkpoint's")
     if body["schema"] > SCHEMA:
-        raise ValueError(f"its schema {body['schema']} is newer than {SCHEMA}, the newest known here: update trpo")
+        raise NewerSchemaError(
+            f"its schema {body['schema']} is newer than {SCHEMA}, the newest known here: update trpo"
+        )
     return body
 
 

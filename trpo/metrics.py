@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -347,7 +348,11 @@ def _events_until(step: int, content: bytes) -> bytes:
         stop = start + 12 + length + 4
         if stop > len(content):
             break
-        if Event.FromString(content[start + 12 : stop - 4]).step <= step:
+        try:
+            event = Event.FromString(content[start + 12 : stop - 4])
+        except DecodeError:
+            break  # damaged: TensorBoard reads no further either
+        if event.step <= step:
             kept.append(content[start:stop])
         start = stop
     return b"".join(kept)

@@ -103,6 +103,20 @@ class RunDirectory:
             raise CheckpointError(f"{path} is not a run: it {problem}; give a directory made by training")
         return run
 
+    def change_config(self, config: Config) -> None:
+        """Records other settings, those that a resumed run goes on with.
+
+        Raises:
+            RunDirectoryError: the file cannot be written.
+        """
+        new = self.path / f".{self.config_file.name}.new"
+        try:
+            write_durably(new, dump_config(config).encode())
+            new.replace(self.config_file)
+            sync_directory(self.path)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot write {self.config_file}: {error.strerror or error}") from error
+
     def lock(self) -> RunLock:
         """Makes this process the only one that writes here, until `release`, the end of `with`, or its death.
 

@@ -135,7 +135,8 @@ class Trainer:
                 console=console,
                 resume_step=self.env_steps if resume else None,
             )
-        if changed:
+        if changed and self.group.leads:
+            self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
         if self.env is not None and not self.env.exact_resume:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
@@ -304,13 +305,14 @@ class Trainer:
 
     def _load_state(self, state: dict[str, Any], path: Path) -> list[str]:
         """Takes up a checkpoint; the settings that differ from those it was trained with."""
+        assert self.env is not None
         try:
             if len(state["processes"]) != self.group.size:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
                 raise CheckpointError(f"{path}: {problem}")
             self.agent.load_state_dict(state["agent"])
             local = state["processes"][self.group.rank]
-            self.agent.load_local_state_dict(local["agent"])
+            self.agent.load_local_state_dict(local["agent"], new_episodes=not self.env.exact_resume)
             self.collector.load_state_dict(local["collector"])
             self.recent.load_state_dict(state["recent"])
             for name in COUNTERS:

@@ -69,6 +69,7 @@ class TorchEnvs:
         steps = self._steps + 1
         truncated = steps >= self._task.time_limit
         done = terminated | truncated
+        # New tensors, never changed in place, so that a `state_dict` stays what it was.
         self._state = torch.where(done, self._begin(), state)
         self._steps = steps.masked_fill_(done, 0)
         return Step(
@@ -84,12 +85,7 @@ class TorchEnvs:
         """See `BatchEnv.state_dict`."""
         if self._state is None:
             raise RuntimeError("state_dict() before the first reset()")
-        return {
-            "state": self._state.clone(),
-            "steps": self._steps.clone(),
-            "keys": self._keys.clone(),
-            "draws": self._draws,
-        }
+        return {"state": self._state, "steps": self._steps, "keys": self._keys, "draws": self._draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """See `BatchEnv.load_state_dict`."""
