@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from helpers import F64, OBS_DIM, make_batch, make_mlp, make_policy, randn, settings, torch_kl
@@ -21,6 +22,8 @@ from trpo.collector import Collector
 from trpo.config import Config
 from trpo.config_file import load_config
 from trpo.distributions import DiagonalGaussian
+from trpo.envs.vector import VectorEnvAdapter
+from trpo.errors import UserError
 from trpo.natural_gradient import Outcome, StepReport, trust_region_step
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, Policy
@@ -81,6 +84,7 @@ INDEX: dict[int, tuple[str, tuple[str, ...]]] = {
             "test_collector.py::test_a_reset_row_is_marked_and_no_transition",
             "test_advantages.py::test_a_reset_row_has_no_advantage_whatever_it_holds",
             "test_envs.py::test_rows_after_an_end_are_resets_in_next_step_mode",
+            "test_defects.py::test_a_backend_that_resets_in_the_next_step_trains_on_transitions_alone",
         ),
     ),
     12: (
@@ -270,3 +274,27 @@ def test_the_run_would_notice_a_policy_that_moved(tmp_path: Path, monkeypatch: p
     pendulum = {"env": {"id": "Pendulum-v1", "num_envs": 2, "backend": "gymnasium"}}
     with pytest.raises(RuntimeError, match="the policy moved between rollout and update"):
         Trainer(tiny_config(**pendulum), root=tmp_path, console=False).train()
+
+
+def test_a_backend_that_resets_in_the_next_step_trains_on_transitions_alone(tmp_path: Path) -> None:
+    """Defect 11, end to end: the rows that are resets are in no count and no batch."""
+    config = tiny_config(env={"id": "CartPole-v1", "num_envs": 4})
+    vector_env = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 4)
+    trainer = Trainer(config, root=tmp_path, console=False, env=VectorEnvAdapter(vector_env, seed=3))
+    collect, seen = trainer.collector.collect, []
+
+    def collect_and_count() -> object:
+        rollout, episodes = collect()
+        seen.append((int(rollout.valid.sum()), rollout.valid.numel()))
+        return rollout, episodes
+
+    trainer.collector.collect = collect_and_count
+    result = trainer.train()
+    transitions, rows = (sum(column) for column in zip(*seen, strict=True))
+    assert result.env_steps == transitions < rows
+
+
+def test_environments_made_by_hand_have_to_be_as_many_as_configured(tmp_path: Path) -> None:
+    vector_env = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2)
+    with pytest.raises(UserError, match="2 environments were given"):
+        Trainer(tiny_config(env={"id": "CartPole-v1", "num_envs": 4}), root=tmp_path, env=VectorEnvAdapter(vector_env))

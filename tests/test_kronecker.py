@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import OBS_DIM, POLICIES, make_batch, make_mlp, make_policy, randn, relative_error, seeded
 from torch import Tensor
 
-from tests.helpers import OBS_DIM, POLICIES, make_batch, make_mlp, make_policy, randn, relative_error, seeded
 from trpo.config import NaturalGradientConfig
 from trpo.errors import UserError
 from trpo.natural_gradient import KroneckerPreconditioner, conjugate_gradient, fisher_product, trust_region_step

@@ -56,10 +56,18 @@ class Trainer:
         root: where run directories are made.
         resume: a run directory to go on in, from its newest valid checkpoint.
         console: show progress.
+        env: environments made by hand, as many as this process's share, in place of those `config.env` describes;
+            the evaluations are still of `config.env`.
     """
 
     def __init__(
-        self, config: Config, *, root: str | Path = "runs", resume: str | Path | None = None, console: bool = True
+        self,
+        config: Config,
+        *,
+        root: str | Path = "runs",
+        resume: str | Path | None = None,
+        console: bool = True,
+        env: BatchEnv | None = None,
     ):
         self.config = config
         self.device = resolve_device(config.device)
@@ -73,7 +81,7 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.failed_saves_in_a_row = 0
         self.recent = RecentEpisodes()
-        self.env: BatchEnv | None = None
+        self.env = env
         self.writer: MetricsWriter | None = None
         self._lock: RunLock | None = None
         self.group = join_group(self.device)
@@ -90,7 +98,11 @@ class Trainer:
         if shard.start == shard.stop:
             raise UserError(f"env.num_envs {config.env.num_envs} is less than the {self.group.size} processes")
         seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
-        env = self.env = make_envs(config.env, seeds, device=self.device)
+        if self.env is None:
+            self.env = make_envs(config.env, seeds, device=self.device)
+        env = self.env
+        if env.num_envs != len(seeds):
+            raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(seeds)} here")
         self.action_space = env.single_action_space
         self.agent = Agent(
             config,
