@@ -759,6 +759,7 @@ def test_a_value_function_that_diverges_leaves_policy_and_optimiser_clean(fit: s
     assert trainer.skipped_updates == 0  # the policy has learned meanwhile
     assert_finite(last_state(trainer.run.path))
     assert all(float(row["value/refused_steps"]) > 0 for row in table(trainer.run.path, PROGRESS_FILE))
+    assert (trainer.run.path / "log.txt").read_text().count("the value fit met a non-finite loss") == 3
 
 
 def last_copy(tree: Any) -> Any:

@@ -204,6 +204,8 @@ class Trainer:
         duration = time.perf_counter() - started
         self.elapsed_s += duration
         self._note_outcome(report.step)
+        if report.fit.nonfinite:
+            self._say(f"update {self.updates}: the value fit met a non-finite loss or gradient and was undone")
         if self.writer is not None:
             metrics: dict[str, float | None] = {
                 **self.recent.metrics(),

@@ -43,6 +43,7 @@ class FitReport:
     loss_after: float
     steps: int  # tried, the refused ones included
     refused: int  # steps undone because a value was not finite or the loss did not fall
+    nonfinite: bool = False  # whether NaN or infinity was why
 
 
 class ValueFit(Protocol):
@@ -80,7 +81,7 @@ class AdamFit:
         self._optimizer.param_groups[0]["lr"] = self.learning_rate(progress)
         before = mean_squared_error(value, obs, target, self.all_sum)
         good = self._snapshot(value)
-        steps = refused = 0
+        steps = 0
         # Counted over all processes, so that each takes the same number of steps whatever its share.
         total = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
         batches = max(1, int(total) // self.settings.minibatch_size)
@@ -90,10 +91,10 @@ class AdamFit:
                 self._step(value, obs[rows], target[rows])
                 steps += 1
         after = mean_squared_error(value, obs, target, self.all_sum)
-        if not math.isfinite(after):
-            self._restore(value, good)
-            after, refused = before, steps
-        return FitReport(before, after, steps, refused)
+        if math.isfinite(after):
+            return FitReport(before, after, steps, refused=0)
+        self._restore(value, good)
+        return FitReport(before, before, steps, refused=steps, nonfinite=True)
 
     def _step(self, value: ValueFunction, obs: Tensor, target: Tensor) -> None:
         linearization = value.network.linearize(obs)
@@ -138,31 +139,28 @@ class GaussNewtonFit:
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
         count = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
         before = loss = mean_squared_error(value, obs, target, self.all_sum)
-        steps = refused = 0
-        while steps < self.settings.iterations and not refused:
-            steps += 1
+        for step in range(1, self.settings.iterations + 1):
             new = self._step(value, obs, target, loss, count)
-            if new is None:
-                refused = 1
-            else:
-                loss = new
-        return FitReport(before, loss, steps, refused)
+            if not new < loss:
+                return FitReport(before, loss, step, refused=1, nonfinite=not math.isfinite(new))
+            loss = new
+        return FitReport(before, loss, self.settings.iterations, refused=0)
 
-    def _step(self, value: ValueFunction, obs: Tensor, target: Tensor, loss: float, count: float) -> float | None:
-        """One step; the new loss, or None if no length of it lowers the loss."""
+    def _step(self, value: ValueFunction, obs: Tensor, target: Tensor, loss: float, count: float) -> float:
+        """One step; the loss after it. Not below `loss`, or NaN, if the step was refused and undone."""
         linearization = value.network.linearize(obs)
         error = linearization.output.squeeze(-1) - target
         descent = self.all_sum(linearization.vjp(-error.unsqueeze(-1))).div_(count)
         if not math.isfinite(float(descent.norm())):
-            return None
+            return math.nan
 
         def product(v: Tensor) -> Tensor:
             curvature = self.all_sum(linearization.vjp(linearization.jvp(v))).div_(count)
             return curvature.add_(v, alpha=self.settings.damping)
 
         cg = conjugate_gradient(product, descent, max_iterations=self.settings.cg_iterations)
-        if cg.status is CGStatus.NONFINITE or cg.iterations == 0:
-            return None
+        if cg.status is CGStatus.NONFINITE:
+            return math.nan
         theta = value.theta.vector.clone()
         for k in range(self.settings.backtracks + 1):
             value.theta.assign_(torch.add(theta, cg.x, alpha=0.5**k))
@@ -170,7 +168,7 @@ class GaussNewtonFit:
             if new < loss:  # False for NaN
                 return new
         value.theta.assign_(theta)
-        return None
+        return new
 
     def state_dict(self) -> dict[str, Any]:
         return {}
