@@ -199,7 +199,7 @@ def _draw_panel(axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) 
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=10, loc="best", frameon=False)
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)  # never over a curve
 
 
 def _grouped(curves: Iterable[Curve], key: Callable[[Curve], str]) -> dict[str, list[Curve]]:
