@@ -6,6 +6,7 @@ the results are identical on all ranks, so all take the same decisions. One proc
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from dataclasses import dataclass
@@ -86,3 +87,6 @@ def leave_group(group: Group) -> None:
     """Leaves what `join_group` joined."""
     if group.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+        # The group's threads end with its last reference, which may hang in a cycle: were it dropped only while the
+        # interpreter shuts down, a thread that still had to release a tensor would abort the process.
+        gc.collect()
