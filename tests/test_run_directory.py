@@ -353,7 +353,8 @@ def test_differences_name_their_key_path() -> None:
 
 def test_a_schedule_in_place_of_a_number_is_one_difference() -> None:
     scheduled = config(natural_gradient={"max_kl": {"start": 0.02, "end": 0.01}})
-    assert config_difference(config(), scheduled) == [
+    constant = config(natural_gradient={"max_kl": 0.01})
+    assert config_difference(constant, scheduled) == [
         'natural_gradient.max_kl: 0.01 → {"start": 0.02, "end": 0.01, "shape": "linear"}'
     ]
     other = config(natural_gradient={"max_kl": {"start": 0.02, "end": 0.001}})
