@@ -36,6 +36,7 @@ LAYERS = (
         "seed_statistics",
         "settings_schema",
         "signals",
+        "state_tree",
         "strict_yaml",
     },
     {"envs", "plotting", "policy", "run_directory", "value"},
