@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from forks import fork
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -231,19 +232,6 @@ def test_a_path_below_a_file_is_one_clear_line(tmp_path: Path) -> None:
 
 
 # --- crashes ---
-
-
-def fork(child: Callable[[], None]) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python ≥ 3.12 warns of any fork beside other threads
-        pid = os.fork()
-    if pid == 0:
-        try:
-            child()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return pid
 
 
 def stamped(step: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NoReturn, Self
 import numpy as np
 import pytest
 import torch
+from forks import fork
 
 from trpo import run_directory
 from trpo.checkpoint import CheckpointStore, load_state, save_state
@@ -192,19 +192,6 @@ def test_no_git_is_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 # --- lock ---
-
-
-def fork(child: Callable[[], None]) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python ≥ 3.12 warns of any fork beside other threads
-        pid = os.fork()
-    if pid == 0:
-        try:
-            child()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return pid
 
 
 def test_the_second_trainer_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from trpo.checkpoint import checkpoint_paths
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
 from trpo.errors import UserError
@@ -136,17 +135,11 @@ def _train_and_score(job: Job, episodes: int) -> str | None:
 
 
 def train_one(config_file: str, root: str) -> None:
-    """Trains one config to its end; the body of each benchmark process."""
+    """Trains one config to its end, going on with a run that was cut; the body of each benchmark process."""
     from trpo.trainer import Trainer
 
     config = load_config(config_file)
-    found = find_run(Path(root), config)
-    unfinished = (
-        found
-        if found is not None and not (found / "final").exists() and checkpoint_paths(found / "checkpoints")
-        else None
-    )
-    Trainer(config, root=root, resume=unfinished).train()
+    Trainer(config, root=root, resume=find_run(Path(root), config)).train()
 
 
 def _write_result(job: Job, run_path: Path, episodes: int, wall_s: float) -> None:

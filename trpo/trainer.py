@@ -25,7 +25,7 @@ from trpo.envs.contract import BatchEnv
 from trpo.errors import CheckpointError, TrainingError, UserError
 from trpo.evaluation import Evaluation, evaluate
 from trpo.metrics import EVALUATIONS_FILE, CsvTable, MetricsWriter, PhaseTimers
-from trpo.natural_gradient import Outcome, StepReport
+from trpo.natural_gradient import StepReport
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.run_directory import RunDirectory, RunLock, config_difference
 from trpo.saved_policy import load_policy, save_policy
@@ -239,9 +239,7 @@ class Trainer:
             return
         self.skipped_updates += 1
         self._say(f"update {self.updates} left the policy unchanged: {step.reason}")
-        # F is positive semi-definite: only arithmetic that broke down finds a direction that is not.
-        broken = step.nonfinite or step.outcome is Outcome.NONPOSITIVE_CURVATURE
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if broken else 0
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if step.numerics_failed else 0
         if self.nonfinite_in_a_row >= self.config.natural_gradient.abort_after:
             raise TrainingError(
                 f"the numerics of {self.nonfinite_in_a_row} updates in a row broke down (last: {step.reason}); the "

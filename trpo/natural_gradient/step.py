@@ -81,11 +81,19 @@ class StepReport:
         return self.outcome is Outcome.ACCEPTED
 
     @property
-    def nonfinite(self) -> bool:
-        """Whether NaN or infinity was met where a number was needed: numerics failed, not merely this step."""
+    def numerics_failed(self) -> bool:
+        """Whether arithmetic broke down, rather than merely this step being of no use.
+
+        F is positive semi-definite: only arithmetic that broke down finds a direction that is not.
+        """
         if self.outcome is Outcome.NO_CANDIDATE and self.search is not None:
             return all(rejection is Rejection.NONFINITE for rejection in self.search.rejections)
-        return self.outcome in (Outcome.NONFINITE_GRADIENT, Outcome.NONFINITE_PRODUCT, Outcome.NONFINITE_STEP)
+        return self.outcome in (
+            Outcome.NONFINITE_GRADIENT,
+            Outcome.NONFINITE_PRODUCT,
+            Outcome.NONFINITE_STEP,
+            Outcome.NONPOSITIVE_CURVATURE,
+        )
 
     @property
     def reason(self) -> str:
