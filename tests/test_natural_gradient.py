@@ -255,7 +255,7 @@ def test_an_overflowing_metric_ends_with_a_non_finite_product() -> None:
     # σ = 1e-20 is a float32, its metric 1/σ² = 1e40 is not; with actions at the mean the score itself is finite.
     policy = make_policy(dtype=torch.float32, std_bounds=(1e-22, 1.0), initial_std=1e-20)
     batch = make_batch(policy)
-    batch = replace(batch, action=policy(batch.obs)[:, :2].detach())
+    batch = replace(batch, action=policy.linearize(batch.obs).output[:, :2])
     report = refused(policy, batch)
     assert report.outcome is Outcome.NONFINITE_PRODUCT and math.isfinite(report.gradient_norm)
 

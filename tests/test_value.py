@@ -75,6 +75,7 @@ def test_gauss_newton_halves_a_step_that_overshoots() -> None:
     assert report.refused == 0 and report.loss_after < report.loss_before
 
 
+@torch.no_grad()
 def test_gauss_newton_refuses_when_the_loss_cannot_fall() -> None:
     value, (obs, _) = make_value(), data()
     theta = value.theta.vector.clone()
@@ -89,10 +90,11 @@ def test_a_non_finite_fit_is_undone_bitwise(kind: str, bad: float) -> None:
     value, (obs, target) = make_value(), data()
     theta, target = value.theta.vector.clone(), target.index_fill(0, torch.tensor(3), bad)
     fit = gauss_newton() if kind == "gauss_newton" else adam(value)
+    state = fit.state_dict()
     report = fit.fit(value, obs, target, progress=0.0)
     assert report.refused == report.steps > 0
     assert torch.equal(value.theta.vector, theta)
-    assert fit.state_dict() == {}
+    torch.testing.assert_close(fit.state_dict(), state, rtol=0, atol=0)
 
 
 def adam(
@@ -138,8 +140,7 @@ def test_adam_goes_on_after_a_bad_batch_as_if_it_had_not_been() -> None:
     moments = fit.state_dict()
     bad = fit.fit(value, obs, torch.full_like(target, math.nan), progress=0.0)
     assert bad.refused == bad.steps
-    for name, moment in fit.state_dict().items():
-        assert torch.equal(moment, moments[name])
+    torch.testing.assert_close(fit.state_dict(), moments, rtol=0, atol=0)
     for v, f in ((value, fit), (oracle, oracle_fit)):
         f.generator.manual_seed(9)  # the refused fit drew from its generator
         f.fit(v, obs, target, progress=0.0)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from trpo.parameters import split_like
+from trpo.parameters import Layout
 
 
 class Linearization(Protocol):
@@ -38,9 +39,17 @@ class Factors(NamedTuple):
     outputs: Tensor  # [m, m] Σ δδᵀ
 
 
+def tanh(z: Tensor) -> Tensor:
+    """`torch.tanh`; where no gradient is asked for on a CPU, NumPy's, which is vectorised and many times as fast."""
+    plain = z.is_cpu and z.dtype in (torch.float32, torch.float64)
+    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.tanh(z)
+    return torch.from_numpy(np.tanh(z.numpy()))
+
+
 # Each activation with its derivative as a function of (input z, output h).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "tanh": (torch.tanh, lambda z, h: 1 - h.square()),
+    "tanh": (tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),
     "relu": (torch.relu, lambda z, h: (h > 0).to(h.dtype)),
     "elu": (nn.functional.elu, lambda z, h: torch.where(h > 0, 1.0, h + 1)),
     "silu": (nn.functional.silu, lambda z, h: z.sigmoid() * (1 + z - h)),
@@ -59,7 +68,7 @@ class MLP(nn.Module):
         layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.layers = nn.ModuleList(layers)
         self._linears = layers  # the same modules: looking them up in a ModuleList costs more than a small product
-        self.shapes = [p.shape for p in self.parameters()]
+        self.layout = Layout([p.shape for p in self.parameters()])
         for layer in layers:
             gain = head_scale if layer is layers[-1] else math.sqrt(2)
             nn.init.orthogonal_(layer.weight, gain, generator=generator)
@@ -90,28 +99,37 @@ class MlpLinearization:
     buffers are made once and reused by every product. The vector layout is that of `MLP.parameters()`.
     """
 
-    @torch.no_grad()
     def __init__(self, mlp: MLP, x: Tensor):
-        act, slope = ACTIVATIONS[mlp.activation]
-        self._shapes = mlp.shapes
-        # Copies: the line search moves θ while this object still describes θ_old.
-        self._weights = [layer.weight.detach().clone() for layer in mlp.linears]
+        self._mlp = mlp
+        self._layout = mlp.layout
+        self._pulled = x.new_empty(self._layout.total)
+        self._pulled_parts = self._layout.split(self._pulled)
+        self._weights: list[Tensor] = []
+        hidden = mlp.linears[:-1]
+        self._tangents = [x.new_empty(len(x), layer.out_features) for layer in hidden]
+        self._cotangents = [x.new_empty(len(x), layer.out_features) for layer in hidden]
+        self.move(x)
+
+    @torch.no_grad()
+    def move(self, x: Tensor) -> None:
+        """Linearises anew, at the network's present θ and other inputs x of the same shape [B, D]."""
+        act, slope = ACTIVATIONS[self._mlp.activation]
         self._inputs = [x]
         self._slopes = []
-        *hidden, head = mlp.linears
+        *hidden, head = self._mlp.linears
         for layer in hidden:
             z = linear(self._inputs[-1], layer.weight, layer.bias)
             h = act(z)
             self._inputs.append(h)
             self._slopes.append(slope(z, h))
         self.output = linear(self._inputs[-1], head.weight, head.bias)
-        self._tangents = [torch.empty_like(h) for h in self._inputs[1:]]
-        self._cotangents = [torch.empty_like(h) for h in self._inputs[1:]]
+        # Copies: the line search moves θ while this object still describes θ_old.
+        self._weights = [layer.weight.detach().clone() for layer in self._mlp.linears]
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
         """Jv [B, K] for v [P]."""
-        parts = split_like(v, self._shapes)
+        parts = self._layout.split(v)
         tangent = None
         for i, (d_weight, d_bias) in enumerate(zip(parts[0::2], parts[1::2], strict=True)):
             out = self._tangents[i] if i < len(self._tangents) else torch.empty_like(self.output)
@@ -127,16 +145,14 @@ class MlpLinearization:
     @torch.no_grad()
     def vjp(self, u: Tensor) -> Tensor:
         """Jᵀu [P] for u [B, K]."""
-        result = u.new_empty(sum(shape.numel() for shape in self._shapes))
-        parts = split_like(result, self._shapes)
-        delta = u
+        parts, delta = self._pulled_parts, u
         for i in reversed(range(len(self._weights))):
-            torch.mm(delta.T, self._inputs[i], out=parts[2 * i])
+            _outer_sum(delta, self._inputs[i], out=parts[2 * i])
             torch.sum(delta, 0, out=parts[2 * i + 1])
             if i:
                 delta = torch.mm(delta, self._weights[i], out=self._cotangents[i - 1])
                 delta.mul_(self._slopes[i - 1])
-        return result
+        return self._pulled.clone()
 
     @torch.no_grad()
     def kronecker_factors(self, u: Tensor) -> list[Factors]:
@@ -151,6 +167,16 @@ class MlpLinearization:
             if i:
                 delta = (delta @ self._weights[i]).mul_(self._slopes[i - 1])
         return factors[::-1]
+
+
+def _outer_sum(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """Σ_i a_i b_iᵀ [m, n] for a [B, m] and b [B, n]."""
+    m, n = out.shape
+    if n < m:
+        # BLAS libraries are slow where the result is narrow, not where it is flat: 3.5 times at 64 × 11.
+        out.copy_(torch.mm(b.T, a).T)
+    else:
+        torch.mm(a.T, b, out=out)
 
 
 class AutogradLinearization:

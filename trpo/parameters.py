@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,21 +19,25 @@ class FlatParameters:
 
     def __init__(self, module: nn.Module):
         parameters = list(module.parameters())
-        self.shapes = [p.shape for p in parameters]
+        self.layout = Layout([p.shape for p in parameters])
         self.vector = torch.cat([p.detach().reshape(-1) for p in parameters])
-        for parameter, view in zip(parameters, self.split(self.vector), strict=True):
+        for parameter, view in zip(parameters, self.layout.split(self.vector), strict=True):
             parameter.data = view
 
     def assign_(self, theta: Tensor) -> None:
         """θ ← `theta` [P]."""
         self.vector.copy_(theta)
 
+
+class Layout:
+    """Where tensors of given shapes lie in one flat vector [P], in order."""
+
+    def __init__(self, shapes: Sequence[torch.Size]):
+        self.shapes = list(shapes)
+        self.sizes = [shape.numel() for shape in shapes]
+        self.total = sum(self.sizes)
+
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Views of a vector [P] in the shapes of the parameters."""
-        return split_like(vector, self.shapes)
-
-
-def split_like(vector: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """Cuts a vector [Σ numel] into views of the given shapes, in order."""
-    parts = vector.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        """Views of a vector [P] in the shapes."""
+        parts = vector.split_with_sizes(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
 from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
-from trpo.networks import MLP
+from trpo.networks import MLP, MlpLinearization
 from trpo.parameters import FlatParameters
 from trpo.reduction import AllSum, one_process
 
@@ -73,54 +73,84 @@ class AdamFit:
         self.generator = generator
         self.learning_rate = learning_rate
         self.all_sum = all_sum
-        # One flat parameter: one fused update instead of one per layer.
-        self._flat = nn.Parameter(value.theta.vector)
-        self._optimizer = torch.optim.Adam([self._flat], lr=learning_rate(0.0), eps=1e-5, fused=True)
+        self._adam = Adam(value.theta.vector)
+        self._linearizations: dict[int, MlpLinearization] = {}  # work space by minibatch size; there are two at most
 
+    @torch.no_grad()
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
-        self._optimizer.param_groups[0]["lr"] = self.learning_rate(progress)
+        learning_rate = self.learning_rate(progress)
         before = mean_squared_error(value, obs, target, self.all_sum)
-        good = self._snapshot(value)
+        theta, moments = value.theta.vector.clone(), self._adam.state_dict()
         steps = 0
         # Counted over all processes, so that each takes the same number of steps whatever its share.
         total = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
         batches = max(1, int(total) // self.settings.minibatch_size)
+        sizes = torch.tensor([len(rows) for rows in target.tensor_split(batches)], dtype=torch.float64)
+        counts = self.all_sum(sizes).tolist()
         for _ in range(self.settings.epochs):
             order = torch.randperm(len(obs), generator=self.generator).to(obs.device)
-            for rows in order.tensor_split(batches):
-                self._step(value, obs[rows], target[rows])
+            # Gathered once an epoch: minibatches are then views.
+            minibatches = zip(obs[order].tensor_split(batches), target[order].tensor_split(batches), strict=True)
+            for (x, y), count in zip(minibatches, counts, strict=True):
+                self._step(value, x, y, count, learning_rate)
                 steps += 1
         after = mean_squared_error(value, obs, target, self.all_sum)
         if math.isfinite(after):
             return FitReport(before, after, steps, refused=0)
-        self._restore(value, good)
+        value.theta.assign_(theta)
+        self._adam.load_state_dict(moments)
         return FitReport(before, before, steps, refused=steps, nonfinite=True)
 
-    def _step(self, value: ValueFunction, obs: Tensor, target: Tensor) -> None:
-        linearization = value.network.linearize(obs)
-        error = linearization.output.squeeze(-1) - target
-        count = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
-        gradient = self.all_sum(linearization.vjp((2 * error).unsqueeze(-1)))
-        self._flat.grad = gradient.div_(count)
-        self._optimizer.step()
-
-    def _snapshot(self, value: ValueFunction) -> tuple[Tensor, dict[str, Any]]:
-        state = self._optimizer.state.get(self._flat, {})
-        return value.theta.vector.clone(), {k: v.clone() for k, v in state.items()}
-
-    def _restore(self, value: ValueFunction, snapshot: tuple[Tensor, dict[str, Any]]) -> None:
-        theta, moments = snapshot
-        value.theta.assign_(theta)
-        if moments:
-            self._optimizer.state[self._flat].update(moments)
+    def _step(self, value: ValueFunction, obs: Tensor, target: Tensor, count: float, learning_rate: float) -> None:
+        """One step on a minibatch of `count` samples, all processes together."""
+        linearization = self._linearizations.get(len(obs))
+        if linearization is None:
+            linearization = self._linearizations[len(obs)] = value.network.linearize(obs)
         else:
-            self._optimizer.state.clear()
+            linearization.move(obs)
+        error = linearization.output.squeeze(-1).sub_(target).mul_(2 / count)
+        gradient = self.all_sum(linearization.vjp(error.unsqueeze(-1)))
+        self._adam.step(value.theta.vector, gradient, learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
-        return {k: v.clone() for k, v in self._optimizer.state.get(self._flat, {}).items()}
+        return self._adam.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.state[self._flat] = {k: v.clone() for k, v in state.items()}
+        self._adam.load_state_dict(state)
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015, Alg. 1) on one flat vector θ [P]: `torch.optim.Adam` without its overhead per step.
+
+    Its `step` costs several times the arithmetic on a vector of this size, and a fit takes hundreds of steps.
+    """
+
+    def __init__(self, theta: Tensor, *, betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-5):
+        self.betas = betas
+        self.epsilon = epsilon
+        self.steps = 0
+        self._mean = torch.zeros_like(theta)  # of the gradient
+        self._square = torch.zeros_like(theta)  # of its square, both decaying
+        self._denominator = torch.empty_like(theta)
+
+    def step(self, theta: Tensor, gradient: Tensor, learning_rate: float) -> None:
+        """θ ← θ − α m̂ / (√v̂ + ε), in place."""
+        self.steps += 1
+        beta1, beta2 = self.betas
+        self._mean.lerp_(gradient, 1 - beta1)
+        self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        # Both sides of the fraction times √(1 − β₂ᵗ): one pass less over the vector.
+        correction = math.sqrt(1 - beta2**self.steps)
+        torch.sqrt(self._square, out=self._denominator).add_(self.epsilon * correction)
+        theta.addcdiv_(self._mean, self._denominator, value=-learning_rate * correction / (1 - beta1**self.steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "mean": self._mean.clone(), "square": self._square.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self._mean.copy_(state["mean"])
+        self._square.copy_(state["square"])
 
 
 class GaussNewtonFit:
