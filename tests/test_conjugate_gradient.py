@@ -54,6 +54,38 @@ def test_every_iterate_is_scipys(iterations: int) -> None:
     assert (solution.iterations, solution.status) == (iterations, CGStatus.ITERATION_LIMIT)
 
 
+@pytest.mark.parametrize(
+    ("b", "scale"),
+    [(randn(SIZE), 1.0), (randn(SIZE), -1.0), (torch.zeros(SIZE, dtype=F64), 1.0), (randn(SIZE), math.inf)],
+)
+@pytest.mark.parametrize("iterations", [3, 30])
+def test_iterations_after_the_end_change_nothing(b: Tensor, scale: float, iterations: int) -> None:
+    """What an accelerator does, which is not waited for, is what a host does that stops in time."""
+    a, calls = scale * spd_matrix(torch.linspace(1, 3, SIZE, dtype=F64)), []
+
+    def product(v: Tensor) -> Tensor:
+        calls.append(v)
+        return a @ v
+
+    stopped, blind = (
+        conjugate_gradient(product, b, max_iterations=iterations, tolerance=1e-9, stop_early=early)
+        for early in (True, False)
+    )
+    assert torch.equal(stopped.x, blind.x) and torch.equal(stopped.residual, blind.residual)
+    assert (stopped.status, stopped.iterations) == (blind.status, blind.iterations)
+    assert torch.equal(stopped.ritz_values, blind.ritz_values)
+    assert len(calls) <= 2 * iterations
+
+
+def test_nothing_is_read_by_the_host_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, reads = spd_matrix(torch.linspace(1, 3, SIZE, dtype=F64)), []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        inner = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, inner=inner, name=name: (reads.append(name), inner(self))[1])
+    conjugate_gradient(lambda v: a @ v, randn(SIZE), max_iterations=8, stop_early=False)
+    assert reads[0] == "tolist" and reads.count("tolist") == 1  # the rest is of numbers that are the host's already
+
+
 def test_preconditioned_iterates_are_scipys_and_fewer() -> None:
     a, b = spd_matrix(torch.ones(SIZE, dtype=F64)) + torch.diag(torch.logspace(0, 4, SIZE, dtype=F64)), randn(SIZE)
     a += 0.1 * spd_matrix(torch.linspace(0.1, 1, SIZE, dtype=F64), seed=3)

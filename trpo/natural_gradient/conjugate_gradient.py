@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ def conjugate_gradient(
     max_iterations: int,
     tolerance: float = 1e-8,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
+    stop_early: bool | None = None,
 ) -> CGSolution:
     """Solves Ax = b by (preconditioned) conjugate gradients from x = 0 (Hestenes & Stiefel 1952; Shewchuk 1994, B2–B3).
 
@@ -51,48 +54,68 @@ def conjugate_gradient(
     ended and returns the Ritz values. Nothing is added to a denominator: pᵀAp ≤ 0 or a non-finite value ends the
     iteration with the last good x and a status that says so.
 
+    All scalars stay on b's device. An iteration after the end changes nothing, so that the host has to read the
+    outcome only once, after the last one.
+
     Args:
         product: v [P] ↦ Av [P].
         b: right-hand side [P], finite.
         max_iterations: at most this many products.
         tolerance: relative: ends when ‖b − Ax‖ ≤ tolerance · ‖b‖.
         preconditioner: v ↦ P⁻¹v with P symmetric positive definite and near A.
+        stop_early: read in every iteration whether it was the last, to save the products after it; by default on a
+            CPU only, since an accelerator would have to be waited for. The solution is the same.
     """
+    if stop_early is None:
+        stop_early = b.is_cpu
     x = torch.zeros_like(b)
     r = b.clone()
-    z = preconditioner(r) if preconditioner else r
-    p = z.clone()  # a copy: p changes while r must not (the two share storage in a well-known faulty implementation)
+    p = z = preconditioner(r) if preconditioner else r
     rz = torch.dot(r, z)
-    b_norm = float(b.norm())
-    residual_norm = b_norm
-    alphas: list[float] = []
-    betas: list[float] = []
-    status = CGStatus.CONVERGED if b_norm == 0 else CGStatus.ITERATION_LIMIT
-    while len(alphas) < max_iterations and status is CGStatus.ITERATION_LIMIT:
+    b_norm = b.norm()
+    running = b_norm != 0
+    trace = []
+    for _ in range(max_iterations):
+        if stop_early and not running:
+            break
         ap = product(p)
-        # One host read of both scalars: they decide whether this step may be taken.
-        curvature, rz_value = torch.stack([torch.dot(p, ap), rz]).tolist()
-        if not (abs(curvature) < float("inf") and abs(rz_value) < float("inf")):
-            status = CGStatus.NONFINITE
-            break
-        if curvature <= 0 or rz_value <= 0:
-            status = CGStatus.NONPOSITIVE_CURVATURE
-            break
-        alpha = rz_value / curvature
-        x.add_(p, alpha=alpha)
-        r.sub_(ap, alpha=alpha)
+        curvature = torch.dot(p, ap)
+        taken = running & (curvature > 0) & (curvature < torch.inf) & (rz > 0) & (rz < torch.inf)
+        alpha = rz / curvature
+        x = torch.where(taken, torch.addcmul(x, p, alpha), x)
+        r = torch.where(taken, torch.addcmul(r, ap, alpha, value=-1), r)
         z = preconditioner(r) if preconditioner else r
         rz_next = torch.dot(r, z)
-        alphas.append(alpha)
-        residual_norm = float(r.norm())
-        if residual_norm <= tolerance * b_norm:
+        residual_norm = r.norm()
+        running = taken & ~(residual_norm <= tolerance * b_norm)
+        trace.append(torch.stack([curvature, rz, residual_norm, taken, running]))
+        p = torch.addcmul(z, p, rz_next / rz)
+        rz = rz_next
+    return _solution(x, r, b_norm, trace)
+
+
+def _solution(x: Tensor, r: Tensor, b_norm: Tensor, trace: list[Tensor]) -> CGSolution:
+    """Reads the trace of all iterations (pᵀAp, rᵀz, ‖r‖, whether it was taken, whether it goes on) in one transfer."""
+    norm, *flat = torch.cat([b_norm.view(1), *trace]).tolist()
+    rows = [flat[i : i + 5] for i in range(0, len(flat), 5)]
+    if norm == 0:
+        return CGSolution(x, r, 0.0, 0, CGStatus.CONVERGED, ritz_values([], []))
+    status, residual_norm = CGStatus.ITERATION_LIMIT, norm
+    alphas: list[float] = []
+    rzs: list[float] = []
+    for curvature, rz, row_norm, taken, goes_on in rows:
+        if not taken:
+            finite = math.isfinite(curvature) and math.isfinite(rz)
+            status = CGStatus.NONPOSITIVE_CURVATURE if finite else CGStatus.NONFINITE
+            break
+        alphas.append(rz / curvature)
+        rzs.append(rz)
+        residual_norm = row_norm
+        if not goes_on:
             status = CGStatus.CONVERGED
             break
-        betas.append(float(rz_next) / rz_value)
-        p.mul_(betas[-1]).add_(z)
-        rz = rz_next
-    relative = residual_norm / b_norm if b_norm else 0.0
-    return CGSolution(x, r, relative, len(alphas), status, ritz_values(alphas, betas))
+    betas = [after / before for before, after in pairwise(rzs)]
+    return CGSolution(x, r, residual_norm / norm, len(alphas), status, ritz_values(alphas, betas))
 
 
 def ritz_values(alphas: list[float], betas: list[float]) -> Tensor:
