@@ -50,8 +50,9 @@ def gae(
         delta = torch.where(valid, delta, 0.0)
     decay = (gamma * lambda_) * carry.to(delta.dtype)  # a float times a bool would be float32
     advantage = delta
+    rows, decays = advantage.unbind(), decay.unbind()
     for t in range(len(reward) - 2, -1, -1):
-        advantage[t].addcmul_(decay[t], advantage[t + 1])
+        rows[t].addcmul_(decays[t], rows[t + 1])
     return advantage, advantage + value
 
 

@@ -120,9 +120,10 @@ class RewardScaler(nn.Module):
         """Takes in rewards [T, N] with episode ends `done` [T, N]; rows that are no transition are left out."""
         if not self.enabled:
             return
-        history = torch.empty_like(reward, dtype=torch.float64)
-        for t in range(len(reward)):
-            self.returns.mul_(self.gamma).add_(reward[t] * valid[t])
-            history[t] = self.returns
-            self.returns.masked_fill_(done[t], 0.0)
+        history = reward.double() * valid
+        decay = self.gamma * (~done).double()
+        history[0].add_(self.returns, alpha=self.gamma)
+        for before, carry, now in zip(history[:-1], decay[:-1], history[1:], strict=True):
+            now.addcmul_(carry, before)
+        self.returns.copy_(history[-1] * ~done[-1])
         self.moments.update(history[valid].unsqueeze(-1), all_sum=all_sum)
