@@ -59,8 +59,12 @@ class FakePool(VectorEnv[Any, Any, Any]):
         self.steps = 0
         self.closings = 0
 
-    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+    def reset(self, env_id: Any = None, *, seed: Any = None, options: Any = None) -> Any:
         assert seed is None and options is None, "ignored by envpool"
+        if env_id is not None:  # some of them; only their rows come back
+            for i in env_id:
+                self.obs[i], self.ended[i] = self.singles[i].reset()[0], False
+            return self.obs[env_id], {}
         for i, env in enumerate(self.singles):
             self.obs[i] = env.reset(seed=self.seeds[i] if self.steps == 0 else None)[0]
         self.ended[:] = False

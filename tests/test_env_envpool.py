@@ -28,7 +28,9 @@ SEEDS = [11, 7, 2**31 - 1]
 
 
 def make(env_id: str, seeds: list[int] | None = None, **settings: Any) -> BatchEnv:
-    return make_envs(EnvConfig(id=env_id, backend="envpool", **settings), SEEDS if seeds is None else seeds)
+    return make_envs(
+        EnvConfig(id=env_id, backend="envpool", **{"stagger": False} | settings), SEEDS if seeds is None else seeds
+    )
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ EPSILON = 2.0**-52
 
 
 def config(env_id: str, **settings: Any) -> EnvConfig:
-    return EnvConfig(id=env_id, backend="torch", **settings)
+    return EnvConfig(id=env_id, backend="torch", **{"stagger": False} | settings)
 
 
 def make(env_id: str, seeds: list[int] | None = None, device: torch.device = CPU) -> Any:

@@ -31,7 +31,7 @@ SEEDS = [11, 7, 2**31 + 5]
 
 
 def config(env_id: str, backend: str = "gymnasium", workers: int = 0, **settings: Any) -> EnvConfig:
-    return EnvConfig(id=env_id, backend=backend, workers=workers, **settings)
+    return EnvConfig(id=env_id, backend=backend, workers=workers, **{"stagger": False} | settings)
 
 
 def tiny(name: str, **kwargs: Any) -> EnvConfig:

@@ -69,6 +69,11 @@ class EnvConfig(Settings):
     wrappers: Annotated[tuple[WrapperConfig, ...], Field(strict=False)] = Field(
         (), description="Gymnasium wrappers, innermost first."
     )
+    stagger: bool = Field(
+        True,
+        description="Truncate the first episode of each environment at a step of its own, so that episodes of one "
+        "length do not run in step.",
+    )
     workers: int = Field(0, ge=0, description="Processes of `gymnasium-async`, threads of `envpool`; 0: one per core.")
     timeout_s: float = Field(60.0, gt=0, description="Seconds a worker may take for one step before it counts as hung.")
     on_worker_failure: Literal["fail", "restart"] = Field(

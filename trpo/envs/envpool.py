@@ -13,7 +13,9 @@ from gymnasium.spaces.utils import flatdim
 from torch import Tensor
 
 from trpo.config import EnvConfig
+from trpo.envs.contract import Step
 from trpo.envs.single import make_single_env
+from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.envs.workers import restart_seed, worker_count
 from trpo.errors import EnvError
@@ -40,10 +42,30 @@ class EnvpoolEnvs(VectorEnvAdapter):
         self._seeds = [int(seed) for seed in seeds]
         super().__init__(_pool(config, self._seeds))
         try:
-            self.single_action_space = _action_space(config, self._raw_space, self.single_action_space)
+            self.single_action_space, self._time_limit = _task(config, self._raw_space, self.single_action_space)
         except BaseException:
             self.close()
             raise
+
+    def reset(self) -> Tensor:
+        """See `BatchEnv.reset`."""
+        obs = super().reset()
+        self._episode_steps = np.zeros(self.num_envs, np.int64)
+        cuts = [first_episode_length(self._time_limit, seed) if self._config.stagger else NEVER for seed in self._seeds]
+        self._cut_after = np.array(cuts)
+        return obs
+
+    def step(self, action: Tensor) -> Step:
+        """See `BatchEnv.step`."""
+        step = super().step(action)
+        self._episode_steps += 1
+        cut = (self._episode_steps >= self._cut_after) & ~self._ended
+        if cut.any():
+            self._buffers.truncated[cut] = True
+            first_obs, _ = self._env.reset(np.flatnonzero(cut))
+            self._buffers.reset_obs[cut] = first_obs
+        self._cut_after[cut | self._ended] = NEVER
+        return step
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run is: enough for other seeds than those it began with."""
@@ -81,10 +103,11 @@ def _pool(config: EnvConfig, seeds: list[int]) -> Any:
         ) from error
 
 
-def _action_space(config: EnvConfig, observed: Space[Any], acted: Space[Any]) -> Space[Any]:
-    """Gymnasium's action space for the task, whose spaces have to be those of envpool but for the dtype."""
+def _task(config: EnvConfig, observed: Space[Any], acted: Space[Any]) -> tuple[Space[Any], int | None]:
+    """Gymnasium's action space and time limit; its spaces have to be those of envpool but for the dtype."""
     env = make_single_env(config)
     env.close()
+    spec = env.spec
     ours, width = env.action_space, flatdim(env.observation_space)
     if flatdim(observed) != width:
         raise EnvError(
@@ -96,7 +119,7 @@ def _action_space(config: EnvConfig, observed: Space[Any], acted: Space[Any]) ->
             f"{config.id} acts in {acted} in envpool and in {ours} in Gymnasium, where the policy is evaluated: set "
             "env.backend to gymnasium"
         )
-    return ours
+    return ours, spec.max_episode_steps if spec else None
 
 
 def _same_actions(a: Space[Any], b: Space[Any]) -> bool:

@@ -22,6 +22,7 @@ from trpo.config import EnvConfig
 from trpo.envs.replay import EpisodeLog, begin, needs_fresh_environment, random_state, replay
 from trpo.envs.single import make_single_env
 from trpo.envs.spaces import ActionEncoding, Array, row_space
+from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.errors import EnvError
 
 _ALIGNMENT = 64  # bytes: a cache line, so that no two arrays share one
@@ -116,6 +117,7 @@ class EnvShard:
         self._fresh_each_episode = needs_fresh_environment(self._envs[0])
         self._logs = [EpisodeLog(self._encoding) for _ in seeds]
         self._episode_steps = np.zeros(len(seeds), np.int64)
+        self._cut_after = [NEVER for _ in seeds]  # steps of the running episode
 
     def _common_spaces(self) -> EnvSpaces:
         found = [_spaces_of(env) for env in self._envs]
@@ -149,6 +151,7 @@ class EnvShard:
                 obs, reward, terminated, truncated, info = env.step(self._encoding.single(row))
                 self._write_obs(buffers.next_obs, i, obs)
                 buffers.reward[i] = reward if isinstance(reward, float | int) else self._scalar(reward, i)
+                truncated = truncated or self._episode_steps[i] >= self._cut_after[i]
                 buffers.terminated[i], buffers.truncated[i] = terminated, truncated
                 if terminated or truncated:
                     buffers.success[i] = info.get("is_success", np.nan)
@@ -186,6 +189,7 @@ class EnvShard:
             self._write_obs(self._buffers.reset_obs, i, obs)
             self._episode_steps[i] = len(state["actions"])
             self._seeds[i] = None
+            self._cut_after[i] = self._first_length(i)
         self._buffers.valid[:] = True
 
     def close(self) -> None:
@@ -203,7 +207,15 @@ class EnvShard:
         except Exception as error:
             raise EnvError(f"environment {self._first + i} raised {type(error).__name__} in reset: {error}") from error
         self._seeds[i] = None
+        self._cut_after[i] = self._first_length(i)
         self._write_obs(self._buffers.reset_obs, i, obs)
+
+    def _first_length(self, i: int) -> int:
+        """After how many steps the running episode of environment i is cut, if it is its first: that has a seed."""
+        seed, spec = self._logs[i].seed, self._envs[i].spec
+        if not self._config.stagger or seed is None or spec is None:
+            return NEVER
+        return first_episode_length(spec.max_episode_steps, seed)
 
     def _rebuild(self, i: int) -> gymnasium.Env[Any, Any]:
         self._envs[i].close()

@@ -14,6 +14,7 @@ from trpo.config import EnvConfig
 from trpo.envs.contract import Step
 from trpo.envs.gymnasium import check_env_count
 from trpo.envs.spaces import ActionEncoding
+from trpo.envs.stagger import first_episode_length
 from trpo.envs.torch_classic import TASKS, TorchTask
 from trpo.envs.torch_random import stream_keys, uniform
 from trpo.errors import EnvError
@@ -49,6 +50,8 @@ class TorchEnvs:
         self._drawn: Tensor | None = None  # [_DRAWN_AT_ONCE, S, N] states of new episodes
         self._state: Tensor | None = None  # [S, N]
         self._steps = torch.zeros(self.num_envs, dtype=torch.int64, device=device)  # of the running episodes
+        limits = [first_episode_length(task.time_limit, seed) if config.stagger else task.time_limit for seed in seeds]
+        self._limit = torch.tensor(limits, device=device)  # of the running episodes
         self._valid = torch.ones(self.num_envs, dtype=torch.bool, device=device)
         if isinstance(task.action_space, Box):
             self._low, self._high = (
@@ -67,11 +70,12 @@ class TorchEnvs:
             raise RuntimeError("step() before the first reset()")
         state, reward, terminated = self._task.advance(self._state, self._native(action))
         steps = self._steps + 1
-        truncated = steps >= self._task.time_limit
+        truncated = steps >= self._limit
         done = terminated | truncated
         # New tensors, never changed in place, so that a `state_dict` stays what it was.
         self._state = torch.where(done, self._begin(), state)
         self._steps = steps.masked_fill_(done, 0)
+        self._limit = self._limit.masked_fill(done, self._task.time_limit)
         return Step(
             next_obs=self._task.observe(state),
             reset_obs=self._task.observe(self._state),
@@ -85,14 +89,22 @@ class TorchEnvs:
         """See `BatchEnv.state_dict`."""
         if self._state is None:
             raise RuntimeError("state_dict() before the first reset()")
-        return {"state": self._state, "steps": self._steps, "keys": self._keys, "draws": self._draws}
+        return {
+            "state": self._state,
+            "steps": self._steps,
+            "limit": self._limit,
+            "keys": self._keys,
+            "draws": self._draws,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """See `BatchEnv.load_state_dict`."""
         check_env_count(state["steps"], self.num_envs)
         if state["state"].shape != (self._task.state_size, self.num_envs):
             raise EnvError("the saved states are of another task: resume with the env.id of the run that wrote them")
-        self._state, self._steps, self._keys = (state[name].to(self.device) for name in ("state", "steps", "keys"))
+        self._state, self._steps, self._limit, self._keys = (
+            state[name].to(self.device) for name in ("state", "steps", "limit", "keys")
+        )
         self._draws, self._drawn = int(state["draws"]), None
         return self._task.observe(self._state)
 

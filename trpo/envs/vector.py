@@ -52,14 +52,15 @@ class VectorEnvAdapter:
         self._buffers = StepBuffers.allocate(spaces, self.num_envs)
         self._step = as_step(self._buffers)
         self._steps = 0
+        self._ended = np.zeros(self.num_envs, bool)  # in the last step; in mode NEXT_STEP the next one is a reset
 
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""
         seed, self._seed = self._seed, None
         obs, _ = self._env.reset(seed=seed)  # type: ignore[arg-type]
         self._write(self._buffers.reset_obs, obs)
-        self._buffers.terminated[:] = self._buffers.truncated[:] = False
         self._buffers.valid[:] = True
+        self._ended[:] = False
         self._check_finite(self._buffers.reset_obs, "a first observation")
         return self._step.reset_obs
 
@@ -67,7 +68,7 @@ class VectorEnvAdapter:
         """See `BatchEnv.step`."""
         buffers = self._buffers
         native = native_actions(self._encoding, action, self.num_envs)
-        is_reset = (buffers.terminated | buffers.truncated) & (self._mode is AutoresetMode.NEXT_STEP)
+        is_reset = self._ended & (self._mode is AutoresetMode.NEXT_STEP)
         obs, reward, terminated, truncated, infos = self._env.step(self._encoding.batched(native))
         self._steps += 1
         for target, values in (
@@ -79,7 +80,8 @@ class VectorEnvAdapter:
         np.logical_not(is_reset, out=buffers.valid)
         buffers.reward[is_reset] = 0.0
         buffers.terminated[is_reset] = buffers.truncated[is_reset] = False
-        self._settle(obs, buffers.terminated | buffers.truncated, infos)
+        self._ended = buffers.terminated | buffers.truncated
+        self._settle(obs, self._ended, infos)
         for values, what in (
             (buffers.reward, "a reward"),
             (buffers.next_obs, "an observation"),
