@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trpo.benchmark.learning import AGENTS, SUITES, load_results, plan, run, write_tables
+    from trpo.benchmark.learning import AGENTS, SUITES, load_results, plan, run, train_one, write_tables
     from trpo.benchmark.speed import run_speed
 
-__all__ = ["AGENTS", "SUITES", "load_results", "plan", "run", "run_speed", "write_tables"]
+__all__ = ["AGENTS", "SUITES", "load_results", "plan", "run", "run_speed", "train_one", "write_tables"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from trpo.benchmark import peers
+from trpo.benchmark import peer_learning
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
 from trpo.errors import UserError
@@ -73,7 +73,7 @@ class Job:
     @property
     def settings(self) -> str:
         """As the process that trains is given them."""
-        return dump_config(self.config) if self.agent == "trpo" else peers.learning_settings(self.config)
+        return dump_config(self.config) if self.agent == "trpo" else peer_learning.settings(self.config)
 
     @property
     def log(self) -> Path:
@@ -169,7 +169,7 @@ def train_one(config_file: str, root: str) -> None:
 
 def train_peer(settings_file: str, scores: str, episodes: str) -> None:
     """Trains and scores another implementation; the body of its benchmark process."""
-    result = peers.learn(json.loads(Path(settings_file).read_text()), int(episodes), seed=EVALUATION_SEED)
+    result = peer_learning.learn(json.loads(Path(settings_file).read_text()), int(episodes), seed=EVALUATION_SEED)
     Path(scores).write_text(json.dumps(result))
 
 
