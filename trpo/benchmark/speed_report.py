@@ -70,6 +70,16 @@ def best(rows: Rows, contender: str) -> str | None:
     return max(rates, key=rates.__getitem__, default=None)
 
 
+def by_contender(rows: Rows) -> Rows:
+    """Ours first, then one after the other; they were measured in turn."""
+
+    def place(item: tuple[str, Rounds]) -> tuple[bool, str]:
+        contender = item[0].partition(",")[0]
+        return contender != OURS, contender
+
+    return dict(sorted(rows.items(), key=place))
+
+
 def targets(tables: dict[str, Rows]) -> list[Target]:
     """What this package claims about its speed."""
     update, memory = tables.get("update", {}), tables.get("memory", {})
@@ -189,7 +199,7 @@ def _training_table(task: str, rows: Rows) -> str:
             _number(median(rounds, "random_steps_per_s")),
             _number(median_ratio(rounds, rounds, *SHARE), 2),
         )
-        for row, rounds in sorted(rows.items(), key=lambda item: item[0].partition(",")[0] != OURS)
+        for row, rounds in by_contender(rows).items()
     ]
     header = ("Contender and environments", "Steps/s", "Of our best", "Random stepping", "Share of it")
     return _table(f"Training on {task}, updates included", header, cells)
@@ -258,7 +268,7 @@ def _draw_update(axes: Axes, rows: Rows) -> None:
 
 
 def _draw_training(axes: Axes, task: str, rows: Rows) -> None:
-    names = list(rows)[::-1]
+    names = list(by_contender(rows))[::-1]
     colours = ["C0" if name.startswith(f"{OURS},") else "C7" for name in names]
     axes.barh(names, [median(rows[name], "steps_per_s") for name in names], color=colours)
     axes.set_title(f"training on {task}")
