@@ -1,4 +1,4 @@
-"""Benchmarks: `python scripts/benchmark.py learn --suite classic --seeds 5`."""
+"""Benchmarks: `python scripts/benchmark.py learn --suite classic --seeds 5`, `python scripts/benchmark.py speed`."""
 
 from __future__ import annotations
 
@@ -8,37 +8,67 @@ import shlex
 import sys
 from pathlib import Path
 
-from trpo.benchmark import SUITES, plan, run, write_tables
+from trpo.benchmark import AGENTS, SUITES, plan, run, write_tables
+from trpo.benchmark.speed import PARTS, QUICK, TASKS, Extent, run_speed
 from trpo.errors import CommandParser, UserError, run_command
 
 
 def main() -> int:
     args = _parse()
+    command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
+    return _learn(args, command) if args.command == "learn" else _speed(args, command)
+
+
+def _learn(args: argparse.Namespace, command: str) -> int:
     tasks = args.task or (SUITES[args.suite] if args.suite else [])
     if not tasks:
         raise UserError(f"say what to run: --suite {{{','.join(SUITES)}}} or --task NAME of a file in {args.configs}")
-    out = Path(args.out)
-    jobs = plan(tasks, args.seeds, configs=Path(args.configs), out=out, root=Path(args.root), overrides=args.set)
+    out = Path(args.out or ("benchmarks/learning" if args.agent == "trpo" else f"benchmarks/learning-{args.agent}"))
+    configs, root = Path(args.configs), Path(args.root)
+    jobs = plan(tasks, args.seeds, configs=configs, out=out, root=root, overrides=args.set, agent=args.agent)
     failures = run(jobs, parallel=args.jobs, episodes=args.episodes)
-    print(write_tables(out, command=shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])))
+    print(write_tables(out, command=command))
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
+def _speed(args: argparse.Namespace, command: str) -> int:
+    extent = QUICK if args.quick else Extent(rounds=args.rounds, steps=args.steps)
+    tables = run_speed(
+        Path(args.out),
+        extent=extent,
+        tasks=args.tasks,
+        parts=args.parts,
+        threads=args.threads,
+        command=command,
+    )
+    print(tables)
+    return 0
+
+
 def _parse() -> argparse.Namespace:
-    parser = CommandParser(description="Train many tasks over seeds and tabulate the last policies.")
+    parser = CommandParser(description="What training reaches, and how fast, beside other implementations.")
     commands = parser.add_subparsers(dest="command", required=True)
     learn = commands.add_parser("learn", help="returns of the last policy over tasks and seeds")
+    learn.add_argument("--agent", choices=AGENTS, default="trpo", help="whose TRPO to train (default: ours)")
     learn.add_argument("--suite", choices=sorted(SUITES))
     learn.add_argument("--task", action="append", metavar="NAME", help="a config by name; may be repeated")
     learn.add_argument("--seeds", type=int, default=5, help="seeds 0 … N−1 (default: 5)")
     learn.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
     learn.add_argument("--episodes", type=int, default=100, help="episodes of each last policy (default: 100)")
-    learn.add_argument("--out", default="benchmarks/learning", metavar="DIR", help="results and tables")
+    learn.add_argument("--out", metavar="DIR", help="results and tables (default: benchmarks/learning[-AGENT])")
     learn.add_argument("--root", default="runs/benchmark", metavar="DIR", help="run directories")
     learn.add_argument("--configs", default="configs", metavar="DIR")
     learn.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    speed = commands.add_parser("speed", help="times of update and training beside other implementations")
+    speed.add_argument("--rounds", type=int, default=Extent.rounds, help="of all measurements (default: %(default)s)")
+    speed.add_argument("--steps", type=int, default=Extent.steps, help="of each training (default: %(default)s)")
+    speed.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
+    speed.add_argument("--tasks", nargs="+", default=TASKS, metavar="ID", help="Gymnasium ids to train on")
+    speed.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: all)")
+    speed.add_argument("--quick", action="store_true", help="one small round: whether it works, not how fast it is")
+    speed.add_argument("--out", default="benchmarks", metavar="DIR", help="speed.json, speed.md and speed.png")
     return parser.parse_args()
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from trpo.benchmark import load_results, plan, run, write_tables
+from trpo.benchmark import load_results, peer_learning, plan, run, write_tables
+from trpo.config_file import load_config
 from trpo.errors import UserError
 from trpo.seed_statistics import interquartile_mean
 
@@ -83,3 +85,47 @@ def test_a_run_of_other_settings_does_not_count_as_finished(tmp_path: Path) -> N
 def test_no_results_is_said_in_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results"):
         load_results(tmp_path)
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_another_implementations_run_has_its_own_settings_and_its_own_fingerprint(tmp_path: Path) -> None:
+    def jobs(overrides: list[str], agent: str) -> list:
+        tasks = ["swimmer", "half_cheetah", "hopper"]
+        return plan(tasks, 1, configs=CONFIGS, out=tmp_path, root=tmp_path, overrides=overrides, agent=agent)
+
+    algorithms = [json.loads(job.settings)["algorithm"] for job in jobs([], "sb3-contrib")]
+    assert [a["gamma"] for a in algorithms] == [0.9999, 0.99, 0.99]
+    assert [a.get("target_kl") for a in algorithms] == [None, 0.04, None]
+    prints = {
+        jobs(overrides, agent)[2].fingerprint
+        for overrides, agent in [
+            ([], "sb3-contrib"),
+            (["natural_gradient.damping=0.2"], "sb3-contrib"),  # of ours: nothing to the other
+            (["total_steps=500_000"], "sb3-contrib"),
+            ([], "trpo"),
+        ]
+    }
+    assert len(prints) == 3
+
+
+@pytest.mark.slow
+def test_another_implementation_is_trained_and_scored_on_frozen_statistics() -> None:
+    """As sb3 itself would: normalised by statistics that the evaluation leaves alone, actions by `predict`."""
+    pytest.importorskip("sb3_contrib")
+    overrides = ["total_steps=4096", "evaluation.every_steps=2048", "evaluation.episodes=1"]
+    settings = json.loads(peer_learning.settings(load_config(CONFIGS / "hopper.yaml", overrides)))
+    result = peer_learning.learn(settings, 2, seed=7)
+    assert len(result["returns"]) == 2 and result["env_steps"] == 4096
+    assert result["evaluations"]["env_steps"] == [2048, 4096]
+    assert 0 < result["train_s"] < result["wall_s"]
+
+    model = peer_learning._model(settings)
+    model.learn(2048)
+    obs = np.random.default_rng(0).normal(size=(5, 11))
+    before = model.get_vec_normalize_env().obs_rms.mean.copy()
+    mode = peer_learning.FrozenPolicy(model).mode(torch.from_numpy(obs)).numpy()
+    expected, _ = model.predict(model.get_vec_normalize_env().normalize_obs(obs), deterministic=True)
+    np.testing.assert_allclose(mode.clip(-1, 1), expected, atol=1e-6)  # float32
+    assert (model.get_vec_normalize_env().obs_rms.mean == before).all()

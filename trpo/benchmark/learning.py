@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from trpo.benchmark import peer_learning
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
 from trpo.errors import UserError
@@ -51,19 +52,28 @@ SUITES = {
 EVALUATION_SEED = 1_000_003  # episodes no run evaluated itself on while training
 
 
+AGENTS = ("trpo", "sb3-contrib")
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run of the benchmark."""
 
     task: str  # name of its config file
-    config: Config
+    config: Config  # of another implementation's run only environment, steps, evaluation and seed count
     runs: Path  # where run directories of all jobs lie
     result: Path  # the JSON file to write
+    agent: str = "trpo"
 
     @property
     def fingerprint(self) -> str:
         """Of the settings: a finished run counts only for the settings it had."""
-        return hashlib.sha256(dump_config(self.config).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
+
+    @property
+    def settings(self) -> str:
+        """As the process that trains is given them."""
+        return dump_config(self.config) if self.agent == "trpo" else peer_learning.settings(self.config)
 
     @property
     def log(self) -> Path:
@@ -72,7 +82,8 @@ class Job:
     @property
     def root(self) -> Path:
         """Run directories of these settings: a cut run must never go on with others."""
-        return self.runs / f"{self.task}-{self.fingerprint}"
+        name = self.task if self.agent == "trpo" else f"{self.agent}-{self.task}"
+        return self.runs / f"{name}-{self.fingerprint}"
 
     @property
     def finished(self) -> bool:
@@ -80,7 +91,14 @@ class Job:
 
 
 def plan(
-    tasks: Iterable[str], seeds: int, *, configs: Path, out: Path, root: Path, overrides: Sequence[str] = ()
+    tasks: Iterable[str],
+    seeds: int,
+    *,
+    configs: Path,
+    out: Path,
+    root: Path,
+    overrides: Sequence[str] = (),
+    agent: str = "trpo",
 ) -> list[Job]:
     """All runs of a benchmark, seed by seed so that an interrupted one has the same seeds of every task."""
     tasks = list(tasks)
@@ -88,7 +106,7 @@ def plan(
     for seed in range(seeds):
         for task in tasks:
             config = load_config(configs / f"{task}.yaml", [*overrides, f"seed={seed}"])
-            jobs.append(Job(task, config, root, out / task / f"seed-{seed}.json"))
+            jobs.append(Job(task, config, root, out / task / f"seed-{seed}.json", agent))
     return jobs
 
 
@@ -110,17 +128,21 @@ def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str
 
 
 def _train_and_score(job: Job, episodes: int) -> str | None:
-    """One run in a process of its own, going on from its checkpoint if it was cut; None or why it failed."""
+    """One run in a process of its own; None or why it failed. Of ours a run that was cut goes on from its checkpoint;
+    one of another implementation, which has none to the bit, begins again."""
     job.root.mkdir(parents=True, exist_ok=True)
     job.result.parent.mkdir(parents=True, exist_ok=True)
-    config_file = job.root / "config.yaml"
-    config_file.write_text(dump_config(job.config))
+    ours = job.agent == "trpo"
+    settings = job.root / ("config.yaml" if ours else "settings.json")
+    settings.write_text(job.settings)
     log = job.log
-    code = "import sys; from trpo.benchmark import train_one; train_one(sys.argv[1], sys.argv[2])"
+    scores = job.root / "scores.json"  # of another implementation, which scores its policy itself
+    function, arguments = ("train_one", [job.root]) if ours else ("train_peer", [scores, episodes])
+    code = f"import sys; from trpo.benchmark.learning import {function}; {function}(*sys.argv[1:])"
     started = time.monotonic()
     with log.open("a") as stream:
         status = subprocess.run(
-            [sys.executable, "-c", code, str(config_file), str(job.root)],
+            [sys.executable, "-c", code, str(settings), *map(str, arguments)],
             stdout=stream,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -128,9 +150,12 @@ def _train_and_score(job: Job, episodes: int) -> str | None:
         ).returncode
     if status != 0:
         return f"exit status {status}, see {log}"
-    run_path = find_run(job.root, job.config)
-    assert run_path is not None, "a finished run has a checkpoint"
-    _write_result(job, run_path, episodes, time.monotonic() - started)
+    if ours:
+        run_path = find_run(job.root, job.config)
+        assert run_path is not None, "a finished run has a checkpoint"
+        _write_result(job, _score(job, run_path, episodes, time.monotonic() - started))
+    else:
+        _write_result(job, json.loads(scores.read_text()))
     return None
 
 
@@ -142,7 +167,13 @@ def train_one(config_file: str, root: str) -> None:
     Trainer(config, root=root, resume=find_run(Path(root), config)).train()
 
 
-def _write_result(job: Job, run_path: Path, episodes: int, wall_s: float) -> None:
+def train_peer(settings_file: str, scores: str, episodes: str) -> None:
+    """Trains and scores another implementation; the body of its benchmark process."""
+    result = peer_learning.learn(json.loads(Path(settings_file).read_text()), int(episodes), seed=EVALUATION_SEED)
+    Path(scores).write_text(json.dumps(result))
+
+
+def _score(job: Job, run_path: Path, episodes: int, wall_s: float) -> dict[str, Any]:
     saved = load_policy(run_path / "final")
     scores = evaluate(
         saved.policy, job.config.env, saved.action_space, episodes=episodes, seed=EVALUATION_SEED, deterministic=True
@@ -151,11 +182,7 @@ def _write_result(job: Job, run_path: Path, episodes: int, wall_s: float) -> Non
         saved.policy, job.config.env, saved.action_space, episodes=episodes, seed=EVALUATION_SEED, deterministic=False
     )
     progress, evaluations = (_columns(run_path / name) for name in ("progress.csv", "evaluations.csv"))
-    result = {
-        "task": job.task,
-        "environment": job.config.env.id,
-        "seed": job.config.seed,
-        "fingerprint": job.fingerprint,
+    return {
         "env_steps": saved.info["env_steps"],
         "wall_s": wall_s,
         "train_s": progress["time/time_elapsed"][-1],
@@ -165,6 +192,17 @@ def _write_result(job: Job, run_path: Path, episodes: int, wall_s: float) -> Non
         "evaluations": {"env_steps": evaluations["env_steps"], "mean": evaluations["eval/mean_reward"]},
         "training": {"env_steps": progress["env_steps"][::8], "return": progress["rollout/ep_rew_mean"][::8]},
         "meta": json.loads((run_path / "meta.json").read_text()),
+    }
+
+
+def _write_result(job: Job, scores: dict[str, Any]) -> None:
+    result = {
+        "task": job.task,
+        **({} if job.agent == "trpo" else {"agent": job.agent}),
+        "environment": job.config.env.id,
+        "seed": job.config.seed,
+        "fingerprint": job.fingerprint,
+        **scores,
     }
     temporary = job.result.with_suffix(".part")
     temporary.write_text(json.dumps(result, indent=1))
@@ -192,7 +230,7 @@ def write_tables(out: Path, *, command: str) -> str:
     with (out / "scores.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, SCORE_COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(_score(r) for r in _rows(results))
+        writer.writerows(_row(r) for r in _rows(results))
     with (out / "curves.csv").open("w", newline="") as stream:
         curves = csv.writer(stream, lineterminator="\n")
         curves.writerow(["task", "seed", "env_steps", "mean_return"])
@@ -210,7 +248,7 @@ SCORE_COLUMNS = (
 )  # fmt: skip
 
 
-def _score(run: dict[str, Any]) -> dict[str, Any]:
+def _row(run: dict[str, Any]) -> dict[str, Any]:
     returns = run["returns"]
     return {
         **{key: run[key] for key in ("task", "environment", "seed", "env_steps")},

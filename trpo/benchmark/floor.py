@@ -1,0 +1,51 @@
+"""The least time a TRPO policy update can take: the arithmetic of its matrix products at this machine's own rate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+
+def update_flops(sizes: Sequence[int], batch: int, *, cg_iterations: int, evaluations: int) -> int:
+    """Floating-point operations of the matrix products of one policy update, a multiply-add counted as two.
+
+    A layer n → m costs 2·B·n·m per product with its weights. With W = Σ n·m over all layers and W′ the same without
+    the first, whose inputs carry no derivative:
+
+        forward                          2BW
+        Jᵀu: Σ δhᵀ, then δ backwards     2BW + 2BW′
+        Jv:  h dWᵀ, then dh Wᵀ           2BW + 2BW′
+
+    The update is one forward pass at θ_old, one Jᵀu for the gradient, a Jv and a Jᵀu per CG iteration, and one forward
+    pass per candidate of the line search. Activations, distributions and vectors of θ are left out: the floor is one
+    that cannot be reached.
+
+    >>> update_flops([2, 3, 1], 10, cg_iterations=1, evaluations=1)  # W = 9, W′ = 3
+    1080
+    """
+    weights = [n * m for n, m in pairwise(sizes)]
+    forward = 2 * batch * sum(weights)
+    product = forward + 2 * batch * sum(weights[1:])
+    return (1 + evaluations) * forward + (1 + 2 * cg_iterations) * product
+
+
+def matmul_rate(width: int, batch: int, *, repeats: int = 20) -> float:
+    """Most floating-point operations per second of float32 products shaped like those of a hidden layer.
+
+    Best over rows and orientation ([B, h] × [h, h] and [h, B] × [B, h]), and over repeats: a floor wants the machine at
+    its best, at the number of threads torch has in this process.
+    """
+    best = 0.0
+    for rows in {256, 1024, batch}:
+        left, square = torch.randn(rows, width), torch.randn(width, width)
+        out, outer = torch.empty(rows, width), torch.empty(width, width)
+        for a, b, result in ((left, square, out), (left.T, left, outer)):
+            torch.mm(a, b, out=result)
+            for _ in range(repeats):
+                start = time.perf_counter()
+                torch.mm(a, b, out=result)
+                best = max(best, 2 * rows * width * width / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,63 @@
+"""The work that every contender of the speed benchmark does, and how it is timed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+UPDATE_TASK = "Hopper-v5"
+UPDATE_ENVS = 8
+BATCH = 2048
+HIDDEN = 64  # units of each of two tanh layers, policy and value
+CG_ITERATIONS = 15
+DAMPING = 0.1
+MAX_KL = 0.01
+CRITIC_EPOCHS = 10
+MINIBATCH = 128
+LEARNING_RATE = 1e-3
+GAMMA, LAMBDA = 0.99, 0.95
+
+Numbers = dict[str, float]
+
+
+class Contender(Protocol):
+    """One implementation. A method is one round of a measurement; its keywords are what the parent process sent."""
+
+    def update(self, *, repeats: int) -> Numbers:
+        """Seconds of one update on the same real rollout: `whole_s`, `policy_s`, `value_s`; `accepted` is 0 or 1."""
+
+    def train(self, *, task: str, setup: dict[str, Any], steps: int) -> Numbers:
+        """`steps_per_s` of training, updates included, after one iteration to warm up."""
+
+
+def iterations(steps: int) -> int:
+    """Updates of `BATCH` steps that are at least `steps` steps."""
+    return -(-steps // BATCH)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def repeat(function: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        function()
+
+
+def median_seconds(function: Callable[[], object], *, before: Callable[[], object], repeats: int) -> float:
+    """Median over calls, each after `before` (not timed) and all after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        before()
+        times.append(seconds(function))
+    return statistics.median(times[1:])
+
+
+def medians(samples: Sequence[Numbers]) -> Numbers:
+    """Median of each number over samples with the same keys."""
+    return {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
