@@ -62,7 +62,8 @@ class EnvpoolEnvs(VectorEnvAdapter):
         cut = (self._episode_steps >= self._cut_after) & ~self._ended
         if cut.any():
             self._buffers.truncated[cut] = True
-            first_obs, _ = self._env.reset(np.flatnonzero(cut))
+            pool: Any = self._env  # its `reset` takes the environments to reset
+            first_obs, _ = pool.reset(np.flatnonzero(cut))
             self._buffers.reset_obs[cut] = first_obs
         self._cut_after[cut | self._ended] = NEVER
         return step
