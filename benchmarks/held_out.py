@@ -1,0 +1,180 @@
+"""What a step gains on samples it was not computed from: how exact should a natural gradient be?
+
+    python benchmarks/held_out.py [--task hopper --task ant] [--steps 300000] [--set KEY=VALUE]
+
+Trains each task (or takes up the run it made before) and collects rollouts with the policy it ended with. Steps are
+computed from single batches, with several dampings, CG iterations and λ of GAE, scaled to one KL, and judged by
+
+    gᵀx at ½ xᵀFx = 0.01        first-order improvement of the mean advantage, in its standard deviations
+
+with g and F of all other rollouts, whose advantages are those of λ = 0.98. The same number of the batch itself, which
+is what the line search sees, stands beside it. Writes benchmarks/held_out.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo import Trainer, load_config
+from trpo.batch import Batch
+from trpo.natural_gradient import conjugate_gradient, fisher_product
+from trpo.policy import Policy
+from trpo.run_directory import find_run
+
+HERE = Path(__file__).parent
+TASKS = ("half_cheetah", "hopper", "walker2d", "ant", "humanoid")
+DAMPINGS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+ITERATIONS = (5, 15, 50)
+LAMBDAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+JUDGE_LAMBDA = 0.98
+TRAINED_ON, JUDGED_BY = 8, 56  # rollouts
+KL = 0.01
+DEFAULT_ITERATIONS, DEFAULT_DAMPING, DEFAULT_LAMBDA = 15, 1.0, 0.95  # of what is not varied
+
+
+def trained(task: str, steps: int, overrides: Sequence[str]) -> Trainer:
+    """A trainer at the end of a run of `steps`."""
+    settings = [f"total_steps={steps}", "evaluation.every_steps=0", *overrides]
+    config = load_config(HERE.parent / "configs" / f"{task}.yaml", settings)
+    root = HERE.parent / "runs" / "held_out"
+    if find_run(root, config) is None:
+        Trainer(config, root=root).train()
+    return Trainer(config, root=root, resume=find_run(root, config), console=False)
+
+
+def batches(trainer: Trainer) -> dict[float, list[Batch]]:
+    """The same rollouts with the advantages of each λ."""
+    agent, original = trainer.agent, trainer.agent.config
+    found: dict[float, list[Batch]] = {lambda_: [] for lambda_ in LAMBDAS}
+    for _ in range(TRAINED_ON + JUDGED_BY):
+        rollout, _ = trainer.collector.collect()
+        for lambda_, some in found.items():
+            agent.config = original.model_copy(update={"gae": original.gae.model_copy(update={"lambda_": lambda_})})
+            some.append(agent.prepare(rollout)[0])
+    agent.config = original
+    return found
+
+
+class Quadratic:
+    """Policy gradient and Fisher products of some batches at the policy's θ."""
+
+    def __init__(self, policy: Policy, some: Sequence[Batch]):
+        obs, action, advantage = (
+            torch.cat([getattr(b, name) for b in some]) for name in ("obs", "action", "advantage")
+        )
+        linearization, count = policy.linearize(obs), float(len(obs))
+        score = policy.distribution.score(linearization.output, action)
+        self.gradient = linearization.vjp(score * advantage[:, None]) / count
+        self.fisher: Callable[[Tensor], Tensor] = fisher_product(linearization, policy.distribution, count=count)
+        self.samples = len(obs)
+
+    def direction(self, damping: float, iterations: int) -> Tensor:
+        def product(v: Tensor) -> Tensor:
+            return self.fisher(v).add_(v, alpha=damping)
+
+        return conjugate_gradient(product, self.gradient, max_iterations=iterations).x
+
+    def gain(self, x: Tensor) -> float:
+        """gᵀ(αx) with ½ α²xᵀFx = KL."""
+        return math.sqrt(2 * KL) * float(self.gradient @ x / (x @ self.fisher(x)).sqrt())
+
+
+def measure(trainer: Trainer) -> dict[str, Any]:
+    policy = trainer.agent.policy
+    found = batches(trainer)
+    judge = Quadratic(policy, found[JUDGE_LAMBDA][TRAINED_ON:])
+    singles = [Quadratic(policy, [batch]) for batch in found[DEFAULT_LAMBDA][:TRAINED_ON]]
+
+    def both(some: Sequence[Quadratic], damping: float, iterations: int) -> dict[str, float]:
+        steps = [(single, single.direction(damping, iterations)) for single in some]
+        return {
+            "batch": sum(single.gain(x) for single, x in steps) / len(steps),
+            "held_out": sum(judge.gain(x) for _, x in steps) / len(steps),
+        }
+
+    by_lambda = {lambda_: [Quadratic(policy, [b]) for b in some[:TRAINED_ON]] for lambda_, some in found.items()}
+    return {
+        "parameters": len(policy.theta.vector),
+        "std": policy.std(),
+        "judged_by": judge.samples,
+        # Of the held-out gain of one random direction: the advantages have variance 1.
+        "standard_error": math.sqrt(2 * KL / judge.samples),
+        "damping": {str(k): {str(d): both(singles, d, k) for d in DAMPINGS} for k in ITERATIONS},
+        "lambda": {
+            str(lambda_): both(some, DEFAULT_DAMPING, DEFAULT_ITERATIONS) for lambda_, some in by_lambda.items()
+        },
+    }
+
+
+def report(results: dict[str, Any], command: str) -> str:
+    lines = [f"Made by `{command}`.", "", __doc__.split("\n\n", 2)[2].split(" Writes")[0].strip(), ""]
+    lines += ["## Damping λ of (F + λI)x = g and iterations of CG: gain on other samples (on its own batch)", ""]
+    lines += _table(
+        ["", "iterations", *map(str, DAMPINGS)],
+        [
+            [task, str(k), *(_cell(result["damping"][str(k)][str(d)]) for d in DAMPINGS)]
+            for task, result in results.items()
+            for k in ITERATIONS
+        ],
+    )
+    title = f"λ of GAE (damping {DEFAULT_DAMPING:g}, {DEFAULT_ITERATIONS} iterations): gain on other samples"
+    lines += ["", f"## {title}", ""]
+    lines += _table(
+        ["", *map(str, LAMBDAS), "standard error"],
+        [
+            [
+                task,
+                *(_number(r["lambda"][str(lambda_)]["held_out"]) for lambda_ in LAMBDAS),
+                _number(r["standard_error"]),
+            ]
+            for task, r in results.items()
+        ],
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(gains: dict[str, float]) -> str:
+    return f"{_number(gains['held_out'])} ({gains['batch']:.2f})"
+
+
+def _number(gain: float) -> str:
+    return f"{gain:.4f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", action="append", choices=TASKS)
+    parser.add_argument("--steps", type=int, default=300_000)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args()
+    tasks = args.task or TASKS
+    file = HERE / "held_out.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for task in tasks:
+        trainer = trained(task, args.steps, args.set)
+        try:
+            results[task] = measure(trainer)
+        finally:
+            trainer.close()
+        file.write_text(json.dumps(results, indent=1))
+        print(task, "done", flush=True)
+    command = " ".join(["python benchmarks/held_out.py", f"--steps {args.steps}", *(f"--set {s}" for s in args.set)])
+    text = report({task: results[task] for task in TASKS if task in results}, command)
+    (HERE / "held_out.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
