@@ -6,6 +6,7 @@ No environments, files or signals here: an agent turns rollouts into better poli
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,16 +141,19 @@ class Agent:
         next_obs = self.policy.normalizer(rollout.next_obs.to(self.device))
         value = self.value(obs.flatten(0, 1)).view(reward.shape)
         next_value = self.value(next_obs.flatten(0, 1)).view(reward.shape)
-        advantage, target = gae(
+        settings = self.config.gae
+        estimate = partial(
+            gae,
             self.reward_scaler(reward).to(value.dtype),
             value,
             next_value,
             terminated,
             truncated,
-            gamma=self.config.gae.gamma,
-            lambda_=self.config.gae.lambda_,
+            gamma=settings.gamma,
             valid=valid,
         )
+        advantage, _ = estimate(lambda_=settings.lambda_)
+        _, target = estimate(lambda_=settings.value_lambda)
         keep = valid.flatten().nonzero().squeeze(-1)
         obs, action, advantage, target, value = (
             x.flatten(0, 1)[keep] for x in (obs, rollout.action.to(self.device), advantage, target, value)

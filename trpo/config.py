@@ -85,7 +85,7 @@ class EnvConfig(Settings):
 class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
-    initial_std: float = Field(1.0, gt=0, description="Standard deviation of the Gaussian policy at the start.")
+    initial_std: float = Field(0.4, gt=0, description="Standard deviation of the Gaussian policy at the start.")
     state_dependent_std: bool = Field(False, description="Let the network output log σ(s) instead of one vector.")
     std_min: float = Field(0.007, gt=0, description="Lower bound on σ, reached smoothly.")
     std_max: float = Field(20.0, gt=0, description="Upper bound on σ, reached smoothly.")
@@ -135,7 +135,15 @@ class NormalizeConfig(Settings):
 
 class GaeConfig(Settings):
     gamma: float = Field(0.99, ge=0, le=1, description="Discount γ.")
-    lambda_: float = Field(0.95, ge=0, le=1, alias="lambda", description="λ of GAE: 0 is one-step TD, 1 Monte Carlo.")
+    lambda_: float = Field(
+        0.8, ge=0, le=1, alias="lambda", description="λ of the advantages: 0 is one-step TD, 1 Monte Carlo."
+    )
+    value_lambda: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="λ of the value targets; higher than that of the advantages, which need less noise.",
+    )
 
 
 class LineSearchConfig(Settings):
@@ -150,7 +158,7 @@ class NaturalGradientConfig(Settings):
         Schedule(start=0.04, end=0.01),
         description="Bound δ on the mean joint KL(π_old ‖ π_new), constant or scheduled.",
     )
-    damping: float = Field(0.1, ge=0, description="λ in (F + λI)x = g.")
+    damping: float = Field(1.0, ge=0, description="λ in (F + λI)x = g.")
     cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")
     cg_tolerance: float = Field(1e-8, ge=0, lt=1, description="Stop when ‖residual‖ ≤ tolerance · ‖g‖.")
     preconditioner: Literal["kronecker"] | None = Field(
