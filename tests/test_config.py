@@ -209,7 +209,7 @@ TEXT_ERRORS = {
     ),
     "std outside its bounds": (
         "policy:\n  initial_std: 0.6\n  std_max: 0.5",
-        "3: policy.initial_std: must lie strictly between std_min 0.007 and std_max 0.5, not 0.6",
+        "3: policy.initial_std: must lie strictly between std_min 0.1 and std_max 0.5, not 0.6",
     ),
     "std bounds crossed": ("policy: {std_min: 30}", "2: policy.std_min: must be below std_max 20.0, not 30.0"),
     "several": ("threads: -1\nseed: -1\nfoo: 1", "2: threads: must be an integer ≥ 0, not -1 (and 2 more)"),

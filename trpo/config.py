@@ -87,7 +87,9 @@ class PolicyConfig(Settings):
     activation: Activation = Field("tanh", description="Hidden activation.")
     initial_std: float = Field(0.4, gt=0, description="Standard deviation of the Gaussian policy at the start.")
     state_dependent_std: bool = Field(False, description="Let the network output log σ(s) instead of one vector.")
-    std_min: float = Field(0.007, gt=0, description="Lower bound on σ, reached smoothly.")
+    std_min: float = Field(
+        0.1, gt=0, description="Lower bound on σ, reached smoothly: a policy without noise cannot recover."
+    )
     std_max: float = Field(20.0, gt=0, description="Upper bound on σ, reached smoothly.")
     mean_head_scale: float = Field(0.01, gt=0, description="Gain of the orthogonal initialisation of the last layer.")
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from trpo.benchmark import peer_learning
+from trpo.benchmark.published import PUBLISHED
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
 from trpo.errors import UserError
@@ -271,16 +272,20 @@ def _summary(results: dict[str, list[dict[str, Any]]], command: str) -> str:
         "Last policy of each seed, deterministic, on Gymnasium's own environments; 95 % bootstrap over seeds.",
         f"Made by `{command}`.",
         "",
-        "| Environment | Steps | Seeds | Mean ± std | 95 % interval | IQM | Worst | Best | Stochastic mean |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| Environment | Steps | Seeds | Mean ± std | 95 % interval | IQM | Worst | Best | Stochastic mean "
+        "| Published TRPO | PPO, Tianshou |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for runs in results.values():
         scores = np.array([np.mean(r["returns"]) for r in runs])
         noisy = np.mean([np.mean(r["stochastic_returns"]) for r in runs])
         low, high = (float(bound[0]) for bound in bootstrap_interval(scores[:, None]))
+        known = PUBLISHED.get(runs[0]["environment"])
+        beside = f"{known.trpo} ({known.source}) | {known.ppo}" if known else "– | –"
         lines.append(
             f"| {runs[0]['environment']} | {runs[0]['env_steps']:,} | {len(runs)} | {scores.mean():.1f} ± "
             f"{scores.std():.1f} | {low:.1f} … {high:.1f} | {interquartile_mean(scores):.1f} | {scores.min():.1f} | "
-            f"{scores.max():.1f} | {noisy:.1f} |"
+            f"{scores.max():.1f} | {noisy:.1f} | {beside} |"
         )
+    lines += ["", "What the published figures are and are not: [published.md](../published.md)."]
     return "\n".join(lines) + "\n"
