@@ -8,7 +8,7 @@ computed from single batches, with several dampings, CG iterations and λ of GAE
     gᵀx at ½ xᵀFx = 0.01        first-order improvement of the mean advantage, in its standard deviations
 
 with g and F of all other rollouts, whose advantages are those of λ = 0.98. The same number of the batch itself, which
-is what the line search sees, stands beside it. Writes benchmarks/held_out.json and .md.
+is what the line search sees, stands beside it. Writes benchmarks/held_out.json and .md, or other files by --out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,9 +160,10 @@ def main() -> None:
     parser.add_argument("--task", action="append", choices=TASKS)
     parser.add_argument("--steps", type=int, default=300_000)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=HERE / "held_out", help="without the suffixes .json and .md")
     args = parser.parse_args()
     tasks = args.task or TASKS
-    file = HERE / "held_out.json"
+    file = args.out.with_suffix(".json")
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for task in tasks:
         trainer = trained(task, args.steps, args.set)
@@ -170,9 +173,9 @@ def main() -> None:
             trainer.close()
         file.write_text(json.dumps(results, indent=1))
         print(task, "done", flush=True)
-    command = " ".join(["python benchmarks/held_out.py", f"--steps {args.steps}", *(f"--set {s}" for s in args.set)])
+    command = shlex.join(["python", "benchmarks/held_out.py", *sys.argv[1:]])
     text = report({task: results[task] for task in TASKS if task in results}, command)
-    (HERE / "held_out.md").write_text(text)
+    args.out.with_suffix(".md").write_text(text)
     print(text)
 
 

@@ -205,7 +205,7 @@ def test_changed_settings_are_refused_unless_asked_for_and_then_shown(
     asked = ("--set", "natural_gradient.damping=0.2", "--set", "total_steps=192")
     outcome = run_script("train.py", "--resume", run, *asked, capture=capsys, patch=monkeypatch)
     assert outcome.status == 0
-    shown = "goes on from 96 steps with other settings: total_steps: 384 → 192; natural_gradient.damping: 0.1 → 0.2"
+    shown = "goes on from 96 steps with other settings: total_steps: 384 → 192; natural_gradient.damping: 1.0 → 0.2"
     assert shown in outcome.out
     recorded = load_config(run / "config.yaml")  # the next resume goes on with them
     assert (recorded.total_steps, recorded.natural_gradient.damping) == (192, 0.2)
