@@ -60,7 +60,7 @@ def batches(trainer: Trainer) -> dict[float, list[Batch]]:
         rollout, _ = trainer.collector.collect()
         for lambda_, some in found.items():
             agent.config = original.model_copy(update={"gae": original.gae.model_copy(update={"lambda_": lambda_})})
-            some.append(agent.prepare(rollout)[0])
+            some.append(agent.prepare(rollout, progress=1.0)[0])
     agent.config = original
     return found
 

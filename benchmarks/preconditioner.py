@@ -40,7 +40,7 @@ def measure(trainer: Trainer) -> dict[str, Any]:
     agent = trainer.agent
     policy, dist = agent.policy, agent.policy.distribution
     rollout, _ = trainer.collector.collect()
-    batch, _, _ = agent.prepare(rollout)
+    batch, _, _ = agent.prepare(rollout, progress=1.0)
     count = float(len(batch.obs))
     result: dict[str, Any] = {"batch": len(batch.obs), "parameters": len(policy.theta.vector), "damping": {}}
 

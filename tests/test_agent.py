@@ -13,12 +13,13 @@ from trpo.agent import Agent
 from trpo.batch import Rollout
 from trpo.config import Config
 from trpo.distributed import join_group
+from trpo.metrics import PhaseTimers
 
 CPU = torch.device("cpu")
 STEPS, ENVS, OBS, ACTIONS = 12, 4, 3, 2
 
 
-def make_agent(**gae_settings: float) -> Agent:
+def make_agent(*, natural_gradient: dict[str, object] | None = None, **gae_settings: object) -> Agent:
     config = Config.model_validate(
         {
             "env": {"id": "Pendulum-v1", "num_envs": ENVS},
@@ -26,6 +27,7 @@ def make_agent(**gae_settings: float) -> Agent:
             "batch_size": STEPS * ENVS,
             "normalize": {"rewards": False},
             "gae": gae_settings,
+            "natural_gradient": natural_gradient or {},
         }
     )
     spaces = Box(-np.inf, np.inf, (OBS,)), Box(-1, 1, (ACTIONS,), np.float32)
@@ -48,7 +50,7 @@ def make_rollout() -> Rollout:
 @pytest.mark.parametrize("value_lambda", [0.0, 0.6, 1.0])
 def test_advantages_and_targets_have_a_lambda_each(value_lambda: float) -> None:
     agent, rollout = make_agent(**{"gamma": 0.9, "lambda": 0.3, "value_lambda": value_lambda}), make_rollout()
-    batch, target, value = agent.prepare(rollout)
+    batch, target, value = agent.prepare(rollout, progress=0.0)
     with torch.no_grad():
         now, then = (agent.value(agent.policy.normalizer(x).flatten(0, 1)) for x in (rollout.obs, rollout.next_obs))
 
@@ -61,3 +63,20 @@ def test_advantages_and_targets_have_a_lambda_each(value_lambda: float) -> None:
     assert torch.equal(target, by_hand(value_lambda)[1].flatten())
     assert torch.equal(value, now)
     torch.testing.assert_close(batch.advantage, standardize(by_hand(0.3)[0].flatten()), rtol=1e-12, atol=1e-12)
+
+
+def test_the_discount_moves_with_progress_and_the_scale_of_rewards_does_not() -> None:
+    agent, rollout = make_agent(gamma={"start": 0.5, "end": 0.9}), make_rollout()
+    for progress, gamma in [(0.0, 0.5), (0.25, 0.6), (1.0, 0.9)]:
+        _, target, _ = agent.prepare(rollout, progress=progress)
+        _, expected, _ = make_agent(gamma=gamma).prepare(rollout, progress=0.0)
+        torch.testing.assert_close(target, expected, rtol=0, atol=1e-12)  # 0.6 is computed, with its rounding
+    assert agent.reward_scaler.gamma == 0.5
+
+
+@pytest.mark.parametrize(("per_dimension", "bound"), [(True, 1e-3 * ACTIONS), (False, 1e-3)])
+def test_the_bound_is_that_of_one_action_dimension_or_of_all_together(per_dimension: bool, bound: float) -> None:
+    agent = make_agent(natural_gradient={"max_kl": 1e-3, "max_kl_per_dimension": per_dimension})
+    step = agent.update(make_rollout(), progress=0.0, timers=PhaseTimers()).step
+    assert step.max_kl == bound
+    assert step.accepted and 0.5 * bound < step.kl <= bound  # the search shrinks by 0.8 and met no obstacle

@@ -112,6 +112,7 @@ def test_overrides_reach_into_a_schedule_and_free_arguments() -> None:
 
 SECTION = "hidden_sizes, activation, initial_std, state_dependent_std, std_min, std_max, mean_head_scale"
 NO_ALIAS = "anchors (&) and aliases (*) are not allowed; write the value out"
+DISCOUNT = "a number in [0, 1] or a mapping {start, end, shape}"
 TEXT_ERRORS = {
     "unknown key": (
         "policy:\n  hidden_size: [1]",
@@ -147,7 +148,10 @@ TEXT_ERRORS = {
     "no": ("normalize: {rewards: no}", '2: normalize.rewards: must be true or false, not "no"; write false'),
     "True": ("normalize: {rewards: True}", '2: normalize.rewards: must be true or false, not "True"; write true'),
     "integer for boolean": ("normalize: {rewards: 1}", "2: normalize.rewards: must be true or false, not 1"),
-    "on for a number": ("gae: {gamma: on}", '2: gae.gamma: must be a number in [0, 1], not "on"'),
+    "on for a number": (
+        "gae: {gamma: on}",
+        f'2: gae.gamma: must be {DISCOUNT}, not "on"',
+    ),
     "integer for text": (
         "name: 3",
         '2: name: must be letters, digits, `_`, `.` and `-` only, not 3; quote it: "3"',
@@ -156,12 +160,22 @@ TEXT_ERRORS = {
     "None": ("seed: None", '2: seed: None is text in YAML: write null, or "None" for the text'),
     "none": ("name: none", '2: name: none is text in YAML: write null, or "none" for the text'),
     "below range": ("threads: -1", "2: threads: must be an integer ≥ 0, not -1"),
-    "above range": ("gae:\n  gamma: 1.5", "3: gae.gamma: must be a number in [0, 1], not 1.5"),
+    "above range": (
+        "gae:\n  gamma: 1.5",
+        f"3: gae.gamma: must be {DISCOUNT}, not 1.5",
+    ),
     "on an open bound": (
         "natural_gradient: {line_search: {shrink: 1}}",
         "2: natural_gradient.line_search.shrink: must be a number in (0, 1), not 1",
     ),
-    "nan": ("gae: {gamma: .nan}", "2: gae.gamma: must be a number in [0, 1], not .nan"),
+    "above range in a schedule": (
+        "gae:\n  gamma: {start: 0.9, end: 1.1}",
+        "3: gae.gamma.end: must be a number in [0, 1], not 1.1",
+    ),
+    "nan": (
+        "gae: {gamma: .nan}",
+        f"2: gae.gamma: must be {DISCOUNT}, not .nan",
+    ),
     "infinite": ("policy: {std_max: .inf}", "2: policy.std_max: must be a number > 0, not .inf"),
     "overflow": ("policy: {std_max: 1e999}", "2: policy.std_max: 1e999 is too large for a number"),
     "long number": ("seed: " + "9" * 5000, "2: seed: a number of 5000 digits is too long"),
@@ -491,7 +505,7 @@ def test_the_table_lists_every_setting_with_its_range_and_default() -> None:
     assert "\n| `gae.lambda` | a number in [0, 1] | `0.8` | " in table
     assert (
         "\n| `natural_gradient.max_kl` | a number > 0 or a mapping {start, end, shape} | "
-        "`{start: 0.04, end: 0.01, shape: linear}` | "
+        "`{start: 0.0067, end: 0.0017, shape: linear}` | "
     ) in table
     assert "\n| `env.id` | text that is not empty | required | " in table
     assert all(row.replace(r"\|", "").count("|") == 5 and not row.endswith("|  |") for row in table.splitlines())

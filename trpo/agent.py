@@ -69,7 +69,10 @@ class Agent:
         self.policy = build_policy(config, observation_space, action_space, generator=init, device=device)
         self.value = build_value(config, observation_space.shape[0], generator=init, device=device)
         self.reward_scaler = RewardScaler(
-            num_envs, gamma=config.gae.gamma, clip=config.normalize.clip_rewards, enabled=config.normalize.rewards
+            num_envs,
+            gamma=value_at(config.gae.gamma, 0.0),  # for good: a scale that grew with γ would be one more moving target
+            clip=config.normalize.clip_rewards,
+            enabled=config.normalize.rewards,
         ).to(device)
         self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
         self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
@@ -97,12 +100,12 @@ class Agent:
         """
         config, all_sum = self.config, self.group.all_sum
         with timers("advantages"):
-            batch, target, value_before = self.prepare(rollout)
+            batch, target, value_before = self.prepare(rollout, progress=progress)
         with timers("policy_update"):
             step = trust_region_step(
                 self.policy,
                 batch,
-                max_kl=value_at(config.natural_gradient.max_kl, progress),
+                max_kl=self._kl_bound(progress),
                 settings=config.natural_gradient,
                 all_sum=all_sum,
                 generator=self.fisher_generator,
@@ -128,9 +131,18 @@ class Agent:
                 else None,
             )
 
+    def _kl_bound(self, progress: float) -> float:
+        """δ of the joint KL."""
+        settings = self.config.natural_gradient
+        dimensions = self.policy.distribution.action_dim if settings.max_kl_per_dimension else 1
+        return dimensions * value_at(settings.max_kl, progress)
+
     @torch.no_grad()
-    def prepare(self, rollout: Rollout) -> tuple[Batch, Tensor, Tensor]:
-        """Rollout → (batch for the policy, value targets [B], value predictions [B]), rows that are resets left out."""
+    def prepare(self, rollout: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:
+        """Rollout → (batch for the policy, value targets [B], value predictions [B]), rows that are resets left out.
+
+        `progress` as in `update`.
+        """
         terminated, truncated, valid, reward = (
             x.to(self.device) for x in (rollout.terminated, rollout.truncated, rollout.valid, rollout.reward)
         )
@@ -149,7 +161,7 @@ class Agent:
             next_value,
             terminated,
             truncated,
-            gamma=settings.gamma,
+            gamma=value_at(settings.gamma, progress),
             valid=valid,
         )
         advantage, _ = estimate(lambda_=settings.lambda_)

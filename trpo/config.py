@@ -31,6 +31,11 @@ class Schedule(Settings):
     shape: Literal["linear", "cosine"] = Field("linear", description="How it moves from start to end.")
 
 
+class DiscountSchedule(Schedule):
+    start: float = Field(ge=0, le=1, description="Value at the first update.")
+    end: float = Field(ge=0, le=1, description="Value at the last update.")
+
+
 def _kind(value: object) -> str:
     # Chosen here rather than by trial, so that a mistake is reported once, against what was meant.
     return "schedule" if isinstance(value, dict | Schedule) else "number"
@@ -136,7 +141,10 @@ class NormalizeConfig(Settings):
 
 
 class GaeConfig(Settings):
-    gamma: float = Field(0.99, ge=0, le=1, description="Discount γ.")
+    gamma: Annotated[
+        Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[DiscountSchedule, Tag("schedule")],
+        Discriminator(_kind),
+    ] = Field(0.99, description="Discount γ, constant or scheduled.")
     lambda_: float = Field(
         0.8, ge=0, le=1, alias="lambda", description="λ of the advantages: 0 is one-step TD, 1 Monte Carlo."
     )
@@ -157,8 +165,13 @@ class LineSearchConfig(Settings):
 
 class NaturalGradientConfig(Settings):
     max_kl: Scheduled = Field(
-        Schedule(start=0.04, end=0.01),
-        description="Bound δ on the mean joint KL(π_old ‖ π_new), constant or scheduled.",
+        Schedule(start=0.0067, end=0.0017),
+        description="Bound δ on the mean KL(π_old ‖ π_new), nats, constant or scheduled.",
+    )
+    max_kl_per_dimension: bool = Field(
+        True,
+        description="Times the number of action dimensions, whose KLs the joint KL sums; off: `max_kl` bounds the "
+        "joint KL itself.",
     )
     damping: float = Field(1.0, ge=0, description="λ in (F + λI)x = g.")
     cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")

@@ -174,6 +174,9 @@ def train_peer(settings_file: str, scores: str, episodes: str) -> None:
     Path(scores).write_text(json.dumps(result))
 
 
+PHASES = ("rollout", "advantages", "policy_update", "value_fit", "statistics")  # of training, evaluations left out
+
+
 def _score(job: Job, run_path: Path, episodes: int, wall_s: float) -> dict[str, Any]:
     saved = load_policy(run_path / "final")
     scores = evaluate(
@@ -186,7 +189,7 @@ def _score(job: Job, run_path: Path, episodes: int, wall_s: float) -> dict[str, 
     return {
         "env_steps": saved.info["env_steps"],
         "wall_s": wall_s,
-        "train_s": progress["time/time_elapsed"][-1],
+        "train_s": sum(sum(filter(None, progress[f"time/{phase}_s"])) for phase in PHASES),
         "returns": scores.returns,
         "lengths": scores.lengths,
         "stochastic_returns": stochastic.returns,

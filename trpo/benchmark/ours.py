@@ -136,7 +136,7 @@ class _Update:
 
     def _variant(self, name: str, settings: NaturalGradientConfig) -> Numbers:
         self._restore()
-        batch, _, _ = self.agent.prepare(self.rollout)
+        batch, _, _ = self.agent.prepare(self.rollout, progress=0.0)
         start = time.perf_counter()
         step = trust_region_step(
             self.agent.policy, batch, max_kl=MAX_KL, settings=settings, generator=self.agent.fisher_generator
