@@ -560,9 +560,9 @@ def test_with_restart_a_killed_worker_costs_the_steps_in_flight(tmp_path: Path, 
     kill_worker_once(trainer, monkeypatch, at_step=40)  # amid the second rollout
     prepare, rollouts = trainer.agent.prepare, []
 
-    def observe(rollout: Any) -> Any:
+    def observe(rollout: Any, *, progress: float) -> Any:
         rollouts.append((rollout.valid.clone(), rollout.truncated.clone(), rollout.terminated.clone()))
-        return prepare(rollout)
+        return prepare(rollout, progress=progress)
 
     monkeypatch.setattr(trainer.agent, "prepare", observe)
     result = trainer.train()

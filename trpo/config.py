@@ -144,7 +144,10 @@ class GaeConfig(Settings):
     gamma: Annotated[
         Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[DiscountSchedule, Tag("schedule")],
         Discriminator(_kind),
-    ] = Field(0.99, description="Discount γ, constant or scheduled.")
+    ] = Field(
+        DiscountSchedule(start=0.99, end=0.998, shape="cosine"),
+        description="Discount γ, constant or scheduled: near goals first, then what comes late.",
+    )
     lambda_: float = Field(
         0.8, ge=0, le=1, alias="lambda", description="λ of the advantages: 0 is one-step TD, 1 Monte Carlo."
     )
