@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from trpo.benchmark import AGENTS, SUITES, plan, run, write_tables
+from trpo.benchmark.side_by_side import side_by_side
 from trpo.benchmark.speed import PARTS, QUICK, TASKS, Extent, run_speed
 from trpo.errors import CommandParser, UserError, run_command
 
@@ -28,6 +29,10 @@ def _learn(args: argparse.Namespace, command: str) -> int:
     jobs = plan(tasks, args.seeds, configs=configs, out=out, root=root, overrides=args.set, agent=args.agent)
     failures = run(jobs, parallel=args.jobs, episodes=args.episodes)
     print(write_tables(out, command=command))
+    if args.agent != "trpo":
+        table = side_by_side(Path(args.beside), out, agent=args.agent)
+        (out / "side_by_side.md").write_text(f"Made by `{command}` of results in {args.beside} and {out}.\n\n{table}")
+        print(table)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -52,6 +57,9 @@ def _parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     learn = commands.add_parser("learn", help="returns of the last policy over tasks and seeds")
     learn.add_argument("--agent", choices=AGENTS, default="trpo", help="whose TRPO to train (default: ours)")
+    learn.add_argument(
+        "--beside", default="benchmarks/learning", metavar="DIR", help="results of ours to compare another agent with"
+    )
     learn.add_argument("--suite", choices=sorted(SUITES))
     learn.add_argument("--task", action="append", metavar="NAME", help="a config by name; may be repeated")
     learn.add_argument("--seeds", type=int, default=5, help="seeds 0 … N−1 (default: 5)")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trpo.benchmark import load_results, peer_learning, plan, run, write_tables
+from trpo.benchmark.side_by_side import side_by_side
 from trpo.config_file import load_config
 from trpo.errors import UserError
 from trpo.seed_statistics import interquartile_mean
@@ -85,6 +86,29 @@ def test_a_run_of_other_settings_does_not_count_as_finished(tmp_path: Path) -> N
 def test_no_results_is_said_in_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results"):
         load_results(tmp_path)
+
+
+def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) -> None:
+    def store(agent: str, seed: int, train_s: float, returns: list[float], curve: list[float]) -> None:
+        file = tmp_path / agent / "tiny" / f"seed-{seed}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        evaluations = {"env_steps": [100, 200, 300, 400], "mean": curve}
+        run = {"environment": "Tiny-v0", "env_steps": 400, "train_s": train_s, "returns": returns}
+        file.write_text(json.dumps({**run, "evaluations": evaluations}))
+
+    for seed, train_s in enumerate([8.0, 10.0, 99.0]):  # the median is 10
+        store("ours", seed, train_s, [50.0, 70.0], [0, 0, 0, 0])
+    # 10 s of 16 are 250 of 400 steps: the evaluation at 200 is the last by then.
+    store("theirs", 0, 16.0, [30.0], [1, 2, 30, 30])
+    store("theirs", 1, 16.0, [50.0], [3, 4, 50, 50])
+    row = side_by_side(tmp_path / "ours", tmp_path / "theirs", agent="them").splitlines()[-1]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        *("Tiny-v0", "60.0 ± 0.0", "3", "10 s"),
+        *("40.0 ± 10.0", "2", "16 s", "3.0 ± 1.0", "1.6"),
+    ]
+    (tmp_path / "theirs" / "tiny").rename(tmp_path / "theirs" / "other")
+    with pytest.raises(UserError, match="no task in common"):
+        side_by_side(tmp_path / "ours", tmp_path / "theirs", agent="them")
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
