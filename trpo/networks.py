@@ -100,11 +100,14 @@ class MlpLinearization:
     """
 
     def __init__(self, mlp: MLP, x: Tensor):
-        self._mlp = mlp
+        self._activation = ACTIVATIONS[mlp.activation]
+        # Looked up once: a module's attribute costs as much as a small product.
+        self._parameters = [(layer.weight, layer.bias) for layer in mlp.linears]
+        # Copies: the line search moves θ while this object still describes θ_old.
+        self._weights = [torch.empty_like(layer.weight, requires_grad=False) for layer in mlp.linears]
         self._layout = mlp.layout
         self._pulled = x.new_empty(self._layout.total)
         self._pulled_parts = self._layout.split(self._pulled)
-        self._weights: list[Tensor] = []
         hidden = mlp.linears[:-1]
         self._tangents = [x.new_empty(len(x), layer.out_features) for layer in hidden]
         self._cotangents = [x.new_empty(len(x), layer.out_features) for layer in hidden]
@@ -113,18 +116,18 @@ class MlpLinearization:
     @torch.no_grad()
     def move(self, x: Tensor) -> None:
         """Linearises anew, at the network's present θ and other inputs x of the same shape [B, D]."""
-        act, slope = ACTIVATIONS[self._mlp.activation]
+        act, slope = self._activation
         self._inputs = [x]
         self._slopes = []
-        *hidden, head = self._mlp.linears
-        for layer in hidden:
-            z = linear(self._inputs[-1], layer.weight, layer.bias)
-            h = act(z)
-            self._inputs.append(h)
-            self._slopes.append(slope(z, h))
-        self.output = linear(self._inputs[-1], head.weight, head.bias)
-        # Copies: the line search moves θ while this object still describes θ_old.
-        self._weights = [layer.weight.detach().clone() for layer in self._mlp.linears]
+        for copy, (weight, bias) in zip(self._weights, self._parameters, strict=True):
+            copy.copy_(weight)
+            z = linear(self._inputs[-1], weight, bias)
+            if len(self._inputs) == len(self._weights):
+                self.output = z
+            else:
+                h = act(z)
+                self._inputs.append(h)
+                self._slopes.append(slope(z, h))
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
