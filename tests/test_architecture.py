@@ -25,6 +25,7 @@ LAYERS = (
         "distributed",
         "distributions",
         "errors",
+        "kernels",
         "metrics",
         "natural_gradient",
         "networks",

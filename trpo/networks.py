@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from trpo.kernels import linear, mm, outer_sum, tanh
 from trpo.parameters import Layout
 
 
@@ -37,14 +36,6 @@ class Factors(NamedTuple):
 
     inputs: Tensor  # [n + 1, n + 1] Σ h̃h̃ᵀ, h̃ = (h, 1)
     outputs: Tensor  # [m, m] Σ δδᵀ
-
-
-def tanh(z: Tensor) -> Tensor:
-    """`torch.tanh`; where no gradient is asked for on a CPU, NumPy's, which is vectorised and many times as fast."""
-    plain = z.is_cpu and z.dtype in (torch.float32, torch.float64)
-    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.tanh(z)
-    return torch.from_numpy(np.tanh(z.numpy()))
 
 
 # Each activation with its derivative as a function of (input z, output h).
@@ -108,9 +99,6 @@ class MlpLinearization:
         self._layout = mlp.layout
         self._pulled = x.new_empty(self._layout.total)
         self._pulled_parts = self._layout.split(self._pulled)
-        hidden = mlp.linears[:-1]
-        self._tangents = [x.new_empty(len(x), layer.out_features) for layer in hidden]
-        self._cotangents = [x.new_empty(len(x), layer.out_features) for layer in hidden]
         self.move(x)
 
     @torch.no_grad()
@@ -135,10 +123,9 @@ class MlpLinearization:
         parts = self._layout.split(v)
         tangent = None
         for i, (d_weight, d_bias) in enumerate(zip(parts[0::2], parts[1::2], strict=True)):
-            out = self._tangents[i] if i < len(self._tangents) else torch.empty_like(self.output)
-            torch.addmm(d_bias, self._inputs[i], d_weight.T, out=out)
+            out = linear(self._inputs[i], d_weight, d_bias)
             if tangent is not None:
-                out.addmm_(tangent, self._weights[i].T)
+                out.add_(linear(tangent, self._weights[i]))
             if i < len(self._slopes):
                 out.mul_(self._slopes[i])
             tangent = out
@@ -150,11 +137,10 @@ class MlpLinearization:
         """Jᵀu [P] for u [B, K]."""
         parts, delta = self._pulled_parts, u
         for i in reversed(range(len(self._weights))):
-            _outer_sum(delta, self._inputs[i], out=parts[2 * i])
+            outer_sum(delta, self._inputs[i], out=parts[2 * i])
             torch.sum(delta, 0, out=parts[2 * i + 1])
             if i:
-                delta = torch.mm(delta, self._weights[i], out=self._cotangents[i - 1])
-                delta.mul_(self._slopes[i - 1])
+                delta = mm(delta, self._weights[i]).mul_(self._slopes[i - 1])
         return self._pulled.clone()
 
     @torch.no_grad()
@@ -170,16 +156,6 @@ class MlpLinearization:
             if i:
                 delta = (delta @ self._weights[i]).mul_(self._slopes[i - 1])
         return factors[::-1]
-
-
-def _outer_sum(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """Σ_i a_i b_iᵀ [m, n] for a [B, m] and b [B, n]."""
-    m, n = out.shape
-    if n < m:
-        # BLAS libraries are slow where the result is narrow, not where it is flat: 3.5 times at 64 × 11.
-        out.copy_(torch.mm(b.T, a).T)
-    else:
-        torch.mm(a.T, b, out=out)
 
 
 class AutogradLinearization:
