@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
+
+from trpo.kernels import mm
 
 
 def update_flops(sizes: Sequence[int], batch: int, *, cg_iterations: int, evaluations: int) -> int:
@@ -32,20 +35,22 @@ def update_flops(sizes: Sequence[int], batch: int, *, cg_iterations: int, evalua
     return (1 + evaluations) * forward + (1 + 2 * cg_iterations) * product
 
 
+@torch.no_grad()
 def matmul_rate(width: int, batch: int, *, repeats: int = 20) -> float:
     """Most floating-point operations per second of float32 products shaped like those of a hidden layer.
 
-    Best over rows and orientation ([B, h] × [h, h] and [h, B] × [B, h]), and over repeats: a floor wants the machine at
-    its best, at the number of threads torch has in this process.
+    Best over rows, orientation ([B, h] × [h, h] and [h, B] × [B, h]), torch's libraries, and repeats: a floor wants the
+    machine at its best, at the number of threads torch has in this process.
     """
     best = 0.0
     for rows in {256, 1024, batch}:
         left, square = torch.randn(rows, width), torch.randn(width, width)
         out, outer = torch.empty(rows, width), torch.empty(width, width)
         for a, b, result in ((left, square, out), (left.T, left, outer)):
-            torch.mm(a, b, out=result)
-            for _ in range(repeats):
-                start = time.perf_counter()
-                torch.mm(a, b, out=result)
-                best = max(best, 2 * rows * width * width / (time.perf_counter() - start))
+            for multiply in (partial(torch.mm, out=result), mm):
+                multiply(a, b)
+                for _ in range(repeats):
+                    start = time.perf_counter()
+                    multiply(a, b)
+                    best = max(best, 2 * rows * width * width / (time.perf_counter() - start))
     return best
