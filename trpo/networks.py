@@ -86,8 +86,8 @@ class MLP(nn.Module):
 class MlpLinearization:
     """J of an `MLP` in closed form, from cached activations h and slopes σ′(z).
 
-    Forward mode carries dz_l = dh_{l−1} W_lᵀ + h_{l−1} dW_lᵀ + db_l; reverse mode is ordinary backpropagation. Work
-    buffers are made once and reused by every product. The vector layout is that of `MLP.parameters()`.
+    Forward mode carries dz_l = dh_{l−1} W_lᵀ + h_{l−1} dW_lᵀ + db_l; reverse mode is ordinary backpropagation. The
+    vector layout is that of `MLP.parameters()`.
     """
 
     def __init__(self, mlp: MLP, x: Tensor):
