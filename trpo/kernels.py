@@ -52,7 +52,8 @@ def _plain(x: Tensor) -> bool:
 
 
 def _worth_onednn(x: Tensor) -> bool:
-    return _LINEAR is not None and len(x) >= _ONEDNN_ROWS and x.dtype == torch.float32 and _plain(x)
+    # The number of rows last: asking for it while an exporter traces would make it a constant.
+    return _LINEAR is not None and x.dtype == torch.float32 and _plain(x) and len(x) >= _ONEDNN_ROWS
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
