@@ -185,6 +185,8 @@ def _score(job: Job, run_path: Path, episodes: int, wall_s: float) -> dict[str, 
     stochastic = evaluate(
         saved.policy, job.config.env, saved.action_space, episodes=episodes, seed=EVALUATION_SEED, deterministic=False
     )
+    meta = json.loads((run_path / "meta.json").read_text())
+    del meta["command"]  # of this benchmark's own process, with this machine's paths: nobody could call it
     progress, evaluations = (_columns(run_path / name) for name in ("progress.csv", "evaluations.csv"))
     return {
         "env_steps": saved.info["env_steps"],
@@ -195,7 +197,7 @@ def _score(job: Job, run_path: Path, episodes: int, wall_s: float) -> dict[str, 
         "stochastic_returns": stochastic.returns,
         "evaluations": {"env_steps": evaluations["env_steps"], "mean": evaluations["eval/mean_reward"]},
         "training": {"env_steps": progress["env_steps"][::8], "return": progress["rollout/ep_rew_mean"][::8]},
-        "meta": json.loads((run_path / "meta.json").read_text()),
+        "meta": meta,
     }
 
 
