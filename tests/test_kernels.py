@@ -10,7 +10,7 @@ from helpers import randn, relative_error
 from torch import Tensor
 
 from trpo import kernels
-from trpo.kernels import linear, mm, outer_sum, tanh
+from trpo.kernels import by_columns, linear, mm, outer_sum, tanh
 
 FEW, MANY = 7, kernels._ONEDNN_ROWS
 NARROW, WIDE = 3, 64
@@ -35,8 +35,10 @@ def test_products(rows: int, n: int, m: int, dtype: torch.dtype) -> None:
     assert relative_error(linear(x, weight), expected) < tolerance
     assert relative_error(linear(x, weight, bias), expected + bias.double()) < tolerance
     out, other = torch.empty(m, n, dtype=dtype), randn(rows, m, seed=5).to(dtype)
-    outer_sum(other, x, out=out)
-    assert relative_error(out, other.double().T @ x.double()) < tolerance
+    for stored in (other, by_columns(other)):
+        assert torch.equal(stored, other)
+        outer_sum(stored, x, out=out)
+        assert relative_error(out, other.double().T @ x.double()) < tolerance
     assert relative_error(tanh(x), torch.tanh(x.double())) < tolerance
 
 
@@ -50,6 +52,7 @@ def test_products(rows: int, n: int, m: int, dtype: torch.dtype) -> None:
         (lambda x, w: mm(x, w.T), True),
         (lambda x, w: outer_sum(x, x, out=torch.empty(WIDE, WIDE)), True),
         (lambda x, w: outer_sum(x[:, :NARROW], x, out=torch.empty(NARROW, WIDE)), False),
+        (lambda x, w: outer_sum(by_columns(x[:, :NARROW]), x, out=torch.empty(NARROW, WIDE)), True),
     ],
 )
 @torch.no_grad()

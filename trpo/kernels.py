@@ -31,14 +31,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a b [B, m] for a [B, n] and b [n, m]."""
-    return _onednn(a, b.T, None) if _worth_onednn(a) else torch.mm(a, b)
+    """a b [B, m] for a [B, n] and b [n, m], stored as `by_columns` stores it."""
+    return _onednn(b.T, a, None).T if _worth_onednn(a) else torch.mm(a, b)
+
+
+def by_columns(x: Tensor) -> Tensor:
+    """x [B, m], stored column after column where `outer_sum` reads it twice as fast so."""
+    return x.T.contiguous().T if _worth_onednn(x) else x
 
 
 def outer_sum(a: Tensor, b: Tensor, *, out: Tensor) -> None:
     """Σ_i a_i b_iᵀ [m, n] for a [B, m] and b [B, n]."""
     m, n = out.shape
-    if min(m, n) >= _ONEDNN_COLUMNS and _worth_onednn(a):
+    if _worth_onednn(a) and (a.T.is_contiguous() or min(m, n) >= _ONEDNN_COLUMNS):
         out.copy_(_onednn(a.T, b.T, None))
     elif n < m:
         # BLAS libraries are slow where the result is narrow, not where it is flat: 3.5 times at 64 × 11.

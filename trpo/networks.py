@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from trpo.kernels import linear, mm, outer_sum, tanh
+from trpo.kernels import by_columns, linear, mm, outer_sum, tanh
 from trpo.parameters import Layout
 
 
@@ -116,6 +116,7 @@ class MlpLinearization:
                 h = act(z)
                 self._inputs.append(h)
                 self._slopes.append(slope(z, h))
+        self._slopes_by_columns = [by_columns(slope) for slope in self._slopes]
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class MlpLinearization:
             outer_sum(delta, self._inputs[i], out=parts[2 * i])
             torch.sum(delta, 0, out=parts[2 * i + 1])
             if i:
-                delta = mm(delta, self._weights[i]).mul_(self._slopes[i - 1])
+                delta = mm(delta, self._weights[i]).mul_(self._slopes_by_columns[i - 1])
         return self._pulled.clone()
 
     @torch.no_grad()
