@@ -14,7 +14,7 @@ from trpo.config import NaturalGradientConfig
 from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution
 from trpo.networks import MLP
 from trpo.normalizer import ObservationNormalizer
-from trpo.policy import GaussianHead, Policy
+from trpo.policy import GaussianHead, Policy, ScheduledHead
 
 F64 = torch.float64
 OBS_DIM = 3
@@ -27,7 +27,7 @@ FAMILIES: dict[str, Distribution] = {
 }
 DISCRETE = ("categorical", "multi_categorical", "bernoulli")
 # Every way η can depend on θ: each family, and the Gaussian with σ as a free vector or as a network output.
-POLICIES = ("gaussian", "gaussian_state_std", *DISCRETE)
+POLICIES = ("gaussian", "gaussian_state_std", "gaussian_scheduled_std", *DISCRETE)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -76,15 +76,16 @@ def make_policy(
     initial_std: float = 0.6,
 ) -> Policy:
     """A small policy of one of the `POLICIES`; `opaque` makes it use AutogradLinearization."""
-    distribution = FAMILIES[kind.removesuffix("_state_std")]
+    distribution = FAMILIES[kind.removesuffix("_state_std").removesuffix("_scheduled_std")]
     gaussian = isinstance(distribution, DiagonalGaussian)
-    free_std = gaussian and not kind.endswith("_state_std")
-    out = distribution.action_dim if free_std else distribution.param_dim
+    out = distribution.param_dim if not gaussian or kind.endswith("_state_std") else distribution.action_dim
     network: nn.Module = make_mlp([OBS_DIM, *hidden, out], activation=activation, seed=seed, dtype=dtype)
-    if gaussian:
+    if kind.endswith("_scheduled_std"):
+        network = ScheduledHead(network, distribution.action_dim, std=initial_std).to(dtype)
+    elif gaussian:
         network = GaussianHead(network, distribution.action_dim, initial_std=initial_std, std_bounds=std_bounds)
         network.to(dtype)
-        if free_std:
+        if kind == "gaussian":
             with torch.no_grad():
                 network.raw_log_std.add_(0.2 * randn(distribution.action_dim, seed=7))
     return Policy(

@@ -19,7 +19,12 @@ CPU = torch.device("cpu")
 STEPS, ENVS, OBS, ACTIONS = 12, 4, 3, 2
 
 
-def make_agent(*, natural_gradient: dict[str, object] | None = None, **gae_settings: object) -> Agent:
+def make_agent(
+    *,
+    natural_gradient: dict[str, object] | None = None,
+    policy: dict[str, object] | None = None,
+    **gae_settings: object,
+) -> Agent:
     config = Config.model_validate(
         {
             "env": {"id": "Pendulum-v1", "num_envs": ENVS},
@@ -27,6 +32,7 @@ def make_agent(*, natural_gradient: dict[str, object] | None = None, **gae_setti
             "batch_size": STEPS * ENVS,
             "normalize": {"rewards": False},
             "gae": gae_settings,
+            "policy": policy or {},
             "natural_gradient": natural_gradient or {},
         }
     )
@@ -72,6 +78,14 @@ def test_the_discount_moves_with_progress_and_the_scale_of_rewards_does_not() ->
         _, expected, _ = make_agent(gamma=gamma).prepare(rollout, progress=0.0)
         torch.testing.assert_close(target, expected, rtol=0, atol=1e-12)  # 0.6 is computed, with its rounding
     assert agent.reward_scaler.gamma == 0.5
+
+
+def test_the_std_of_the_next_rollout_is_that_of_the_progress() -> None:
+    agent = make_agent(policy={"initial_std": 0.5, "final_std": 0.1})
+    for progress, std in [(0.0, 0.5), (0.25, 0.4), (1.0, 0.1)]:
+        report = agent.update(make_rollout(), progress=progress, timers=PhaseTimers())
+        assert agent.policy.std() == pytest.approx(std, rel=1e-12)
+    assert report.std == pytest.approx(0.4, rel=1e-12)  # that of the policy which was updated
 
 
 @pytest.mark.parametrize(("per_dimension", "bound"), [(True, 1e-3 * ACTIONS), (False, 1e-3)])

@@ -110,7 +110,7 @@ def test_overrides_reach_into_a_schedule_and_free_arguments() -> None:
 
 # Errors: each with its exact line and key path.
 
-SECTION = "hidden_sizes, activation, initial_std, state_dependent_std, std_min, std_max, mean_head_scale"
+SECTION = "hidden_sizes, activation, initial_std, final_std, state_dependent_std, std_min, std_max, mean_head_scale"
 NO_ALIAS = "anchors (&) and aliases (*) are not allowed; write the value out"
 DISCOUNT = "a number in [0, 1] or a mapping {start, end, shape}"
 TEXT_ERRORS = {
@@ -222,10 +222,17 @@ TEXT_ERRORS = {
         "2: batch_size: 2048 is larger than total_steps 100: not one update fits",
     ),
     "std outside its bounds": (
-        "policy:\n  initial_std: 0.6\n  std_max: 0.5",
+        "policy:\n  initial_std: 0.6\n  std_max: 0.5\n  final_std: null",
         "3: policy.initial_std: must lie strictly between std_min 0.1 and std_max 0.5, not 0.6",
     ),
-    "std bounds crossed": ("policy: {std_min: 30}", "2: policy.std_min: must be below std_max 20.0, not 30.0"),
+    "std bounds crossed": (
+        "policy: {std_min: 30, final_std: null}",
+        "2: policy.std_min: must be below std_max 20.0, not 30.0",
+    ),
+    "std both scheduled and learned": (
+        "policy:\n  state_dependent_std: true",
+        "3: policy.final_std: must be null for state_dependent_std, not 0.1",
+    ),
     "several": ("threads: -1\nseed: -1\nfoo: 1", "2: threads: must be an integer ≥ 0, not -1 (and 2 more)"),
     "syntax": ("seed: 1: 2", "2: is not valid YAML: mapping values are not allowed here"),
     "tab": (
@@ -366,7 +373,7 @@ def test_the_models_alone_refuse_contradictions() -> None:
     with pytest.raises(ValidationError, match=r"batch_size: 2050 is not a multiple of env\.num_envs 16"):
         Config.model_validate({"env": {"id": "X"}, "batch_size": 2050})
     with pytest.raises(ValidationError, match="initial_std: must lie strictly between"):
-        PolicyConfig(initial_std=0.007)
+        PolicyConfig(initial_std=0.007, final_std=None)
 
 
 # Properties.

@@ -22,7 +22,7 @@ from helpers import (
 
 from trpo.config import Config
 from trpo.distributions import DiagonalGaussian
-from trpo.policy import GaussianHead, build_normalizer, build_policy
+from trpo.policy import GaussianHead, ScheduledHead, build_normalizer, build_policy
 
 BOUNDS = (0.01, 10.0)
 # Chains of some tens of float64 operations: units of 2.2e-16, taken a thousandfold.
@@ -160,7 +160,7 @@ def test_build_policy_fits_its_spaces(space: spaces.Space, param_dim: int) -> No
 @pytest.mark.parametrize("state_dependent", [False, True])
 def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> None:
     policy = build_policy(
-        config(state_dependent_std=state_dependent, initial_std=0.5, std_min=0.1, std_max=3.0),
+        config(state_dependent_std=state_dependent, initial_std=0.5, final_std=None, std_min=0.1, std_max=3.0),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),
@@ -173,6 +173,23 @@ def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> No
     assert (eta[:, 2:].exp() - 0.5).abs().max() < 0.05
     network = policy.network
     assert isinstance(network, GaussianHead) and (network.low, network.high) == (math.log(0.1), math.log(3.0))
+
+
+def test_a_scheduled_std_is_what_it_is_set_to_and_no_parameter() -> None:
+    policy = build_policy(
+        config(initial_std=0.5),
+        spaces.Box(-1, 1, (OBS_DIM,)),
+        spaces.Box(-1, 1, (2,)),
+        generator=seeded(),
+        device=torch.device("cpu"),
+    )
+    head = policy.network
+    assert isinstance(head, ScheduledHead)
+    assert len(policy.theta.vector) == sum(layer.weight.numel() + len(layer.bias) for layer in head.network.linears)
+    for std in (0.5, 0.02):
+        assert policy.std() == pytest.approx(std, rel=TOLERANCE)
+        assert policy(randn(3, OBS_DIM))[:, 2:].exp().detach().numpy() == pytest.approx(std, rel=TOLERANCE)
+        head.set_std(0.02)
 
 
 def test_build_normalizer_follows_the_config() -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from trpo.advantages import gae, standardize
 from trpo.batch import Batch, Rollout
-from trpo.config import Config
+from trpo.config import Config, Schedule
 from trpo.distributed import Group
 from trpo.metrics import PhaseTimers
 from trpo.natural_gradient import StepReport, trust_region_step
 from trpo.normalizer import RewardScaler
-from trpo.policy import build_policy
+from trpo.policy import ScheduledHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.schedule import value_at
 from trpo.value import AdamFit, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
@@ -116,14 +116,16 @@ class Agent:
             entropy = self.policy.distribution.entropy(self.policy(batch.obs)).double()
             entropy_sum, transitions = all_sum(torch.stack([entropy.sum(), torch.ones_like(entropy).sum()])).tolist()
             value_after = self.value(batch.obs)
+            std = self.policy.std()
             # Last of all: until here the policy has to be the one that acted.
             self.policy.normalizer.update(rollout.obs[rollout.valid].to(self.device), all_sum=all_sum)
+            self._schedule_std(progress)
             return UpdateReport(
                 step,
                 fit,
                 transitions=int(transitions),
                 entropy=entropy_sum / transitions,
-                std=self.policy.std(),
+                std=std,
                 explained_variance_before=explained_variance(value_before, target, all_sum),
                 explained_variance_after=explained_variance(value_after, target, all_sum),
                 learning_rate=value_at(config.value.adam.learning_rate, progress)
@@ -136,6 +138,12 @@ class Agent:
         settings = self.config.natural_gradient
         dimensions = self.policy.distribution.action_dim if settings.max_kl_per_dimension else 1
         return dimensions * value_at(settings.max_kl, progress)
+
+    def _schedule_std(self, progress: float) -> None:
+        """σ of the next rollout: too small a change between two updates to count against the KL bound."""
+        settings, head = self.config.policy, self.policy.network
+        if isinstance(head, ScheduledHead) and settings.final_std is not None:
+            head.set_std(value_at(Schedule(start=settings.initial_std, end=settings.final_std), progress))
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:

@@ -91,15 +91,25 @@ class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
     initial_std: float = Field(0.4, gt=0, description="Standard deviation of the Gaussian policy at the start.")
-    state_dependent_std: bool = Field(False, description="Let the network output log σ(s) instead of one vector.")
-    std_min: float = Field(
-        0.1, gt=0, description="Lower bound on σ, reached smoothly: a policy without noise cannot recover."
+    final_std: float | None = Field(
+        0.1,
+        gt=0,
+        description="Standard deviation at the last update, reached in a straight line; null: σ is learned instead.",
     )
-    std_max: float = Field(20.0, gt=0, description="Upper bound on σ, reached smoothly.")
+    state_dependent_std: bool = Field(False, description="Let the network output log σ(s); `final_std` has to be null.")
+    std_min: float = Field(
+        0.1, gt=0, description="Lower bound on a learned σ, reached smoothly: a policy without noise cannot recover."
+    )
+    std_max: float = Field(20.0, gt=0, description="Upper bound on a learned σ, reached smoothly.")
     mean_head_scale: float = Field(0.01, gt=0, description="Gain of the orthogonal initialisation of the last layer.")
 
     @model_validator(mode="after")
-    def _bounds_hold_the_initial_std(self) -> Self:
+    def _std_is_scheduled_or_learned(self) -> Self:
+        if self.final_std is not None:
+            if self.state_dependent_std:
+                problem = f"must be null for state_dependent_std, not {self.final_std}"
+                raise _contradiction("final_std", problem, against="state_dependent_std")
+            return self
         if self.std_min >= self.std_max:
             problem = f"must be below std_max {self.std_max}, not {self.std_min}"
             raise _contradiction("std_min", problem, against="std_max")

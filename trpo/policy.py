@@ -21,7 +21,8 @@ class Policy(nn.Module):
     """π_θ(a|s), with the observation normaliser it was trained with inside.
 
     `network` maps normalised observations [B, D] to the distribution parameters; for a Gaussian these pass through a
-    `GaussianHead`. Any module will do: one that offers `linearize` gets closed-form Fisher products, others autograd.
+    `GaussianHead` or a `ScheduledHead`. Any module will do: one that offers `linearize` gets closed-form Fisher
+    products, others autograd.
 
     Attributes:
         theta: all trainable parameters as one vector.
@@ -65,8 +66,64 @@ class Policy(nn.Module):
         return float(log_std().exp().mean()) if callable(log_std) else math.nan
 
 
+class ScheduledHead(nn.Module):
+    """Takes network outputs for μ of η = (μ, log σ); σ is given, and no gradient moves it.
+
+    Exploration then falls at a pace of its own, and what acts without noise in the end is what was trained with little.
+    """
+
+    scheduled_log_std: Tensor  # [A]
+
+    def __init__(self, network: MLP, action_dim: int, *, std: float):
+        super().__init__()
+        self.network = network
+        self.register_buffer("scheduled_log_std", torch.full((action_dim,), math.log(std), dtype=torch.float64))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """[B, D] → η [B, 2A]."""
+        mean = self.network(obs)
+        return torch.cat([mean, self.scheduled_log_std.expand_as(mean)], -1)
+
+    def log_std(self) -> Tensor:
+        """log σ [A]."""
+        return self.scheduled_log_std
+
+    def set_std(self, std: float) -> None:
+        """σ from now on, of all action components."""
+        self.scheduled_log_std.fill_(math.log(std))
+
+    def linearize(self, obs: Tensor) -> ScheduledLinearization:
+        """Closed-form linearisation, on top of the network's."""
+        return ScheduledLinearization(self, obs)
+
+
+class ScheduledLinearization:
+    """J of a `ScheduledHead`: the network's J, and rows of zeros for log σ."""
+
+    @torch.no_grad()
+    def __init__(self, head: ScheduledHead, obs: Tensor):
+        self._inner = head.network.linearize(obs)
+        mean = self._inner.output
+        self.output = torch.cat([mean, head.scheduled_log_std.expand_as(mean)], -1)
+
+    @torch.no_grad()
+    def jvp(self, v: Tensor) -> Tensor:
+        mean = self._inner.jvp(v)
+        return torch.cat([mean, torch.zeros_like(mean)], -1)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return self._inner.vjp(_mean_part(u))
+
+    def kronecker_factors(self, u: Tensor) -> list[Factors]:
+        return self._inner.kronecker_factors(_mean_part(u))
+
+
+def _mean_part(u: Tensor) -> Tensor:
+    return u.chunk(2, -1)[0].contiguous()
+
+
 class GaussianHead(nn.Module):
-    """Turns network outputs into η = (μ, log σ) with log σ kept in (log std_min, log std_max).
+    """Turns network outputs into η = (μ, log σ) with a learned σ, log σ kept in (log std_min, log std_max).
 
     The bound is a scaled sigmoid, b(x) = lo + (hi − lo) · sigmoid(4 (x − mid) / (hi − lo)): slope 1 in the middle,
     never 0, so that a σ at its bound can come back, as it could not from a clamp. x is a free vector [A] for a
@@ -186,7 +243,9 @@ def build_policy(
         generator=generator,
     )
     network: nn.Module = mlp
-    if gaussian:
+    if gaussian and settings.final_std is not None:
+        network = ScheduledHead(mlp, distribution.action_dim, std=settings.initial_std)
+    elif gaussian:
         network = GaussianHead(
             mlp,
             distribution.action_dim,
