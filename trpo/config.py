@@ -155,11 +155,11 @@ class GaeConfig(Settings):
         Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[DiscountSchedule, Tag("schedule")],
         Discriminator(_kind),
     ] = Field(
-        DiscountSchedule(start=0.99, end=0.998, shape="cosine"),
+        DiscountSchedule(start=0.99, end=0.995, shape="cosine"),
         description="Discount γ, constant or scheduled: near goals first, then what comes late.",
     )
     lambda_: float = Field(
-        0.8, ge=0, le=1, alias="lambda", description="λ of the advantages: 0 is one-step TD, 1 Monte Carlo."
+        0.9, ge=0, le=1, alias="lambda", description="λ of the advantages: 0 is one-step TD, 1 Monte Carlo."
     )
     value_lambda: float = Field(
         0.95,
@@ -177,10 +177,7 @@ class LineSearchConfig(Settings):
 
 
 class NaturalGradientConfig(Settings):
-    max_kl: Scheduled = Field(
-        Schedule(start=0.0067, end=0.0017),
-        description="Bound δ on the mean KL(π_old ‖ π_new), nats, constant or scheduled.",
-    )
+    max_kl: Scheduled = Field(0.0067, description="Bound δ on the mean KL(π_old ‖ π_new), nats, constant or scheduled.")
     max_kl_per_dimension: bool = Field(
         True,
         description="Times the number of action dimensions, whose KLs the joint KL sums; off: `max_kl` bounds the "
