@@ -81,11 +81,11 @@ def test_the_discount_moves_with_progress_and_the_scale_of_rewards_does_not() ->
 
 
 def test_the_std_of_the_next_rollout_is_that_of_the_progress() -> None:
-    agent = make_agent(policy={"initial_std": 0.5, "final_std": 0.1})
-    for progress, std in [(0.0, 0.5), (0.25, 0.4), (1.0, 0.1)]:
+    agent = make_agent(policy={"initial_std": 0.9, "final_std": 0.1})
+    for progress, std in [(0.0, 0.9), (0.5, 0.3), (1.0, 0.1)]:
         report = agent.update(make_rollout(), progress=progress, timers=PhaseTimers())
         assert agent.policy.std() == pytest.approx(std, rel=1e-12)
-    assert report.std == pytest.approx(0.4, rel=1e-12)  # that of the policy which was updated
+    assert report.std == pytest.approx(0.3, rel=1e-12)  # that of the policy which was updated
 
 
 @pytest.mark.parametrize(("per_dimension", "bound"), [(True, 1e-3 * ACTIONS), (False, 1e-3)])

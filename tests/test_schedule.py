@@ -14,6 +14,7 @@ from trpo.schedule import value_at
 
 LINEAR = Schedule(start=0.02, end=0.005, shape="linear")
 COSINE = Schedule(start=0.02, end=0.005, shape="cosine")
+GEOMETRIC = Schedule(start=0.08, end=0.005, shape="geometric")
 ENVIRONMENT_3_OF_SEED_0 = 613923335
 
 
@@ -33,6 +34,10 @@ def test_a_number_does_not_move(progress: float) -> None:
         (COSINE, 0.5, 0.0125),
         (COSINE, 0.25, 0.005 + 0.0075 * (1 + math.sqrt(0.5))),
         (COSINE, 1.0, 0.005),
+        (GEOMETRIC, 0.0, 0.08),
+        (GEOMETRIC, 0.5, 0.02),
+        (GEOMETRIC, 0.25, 0.04),
+        (GEOMETRIC, 1.0, 0.005),
     ],
 )
 def test_schedules_pass_through_these_points(schedule: Schedule, progress: float, expected: float) -> None:

@@ -143,7 +143,8 @@ class Agent:
         """σ of the next rollout: too small a change between two updates to count against the KL bound."""
         settings, head = self.config.policy, self.policy.network
         if isinstance(head, ScheduledHead) and settings.final_std is not None:
-            head.set_std(value_at(Schedule(start=settings.initial_std, end=settings.final_std), progress))
+            schedule = Schedule(start=settings.initial_std, end=settings.final_std, shape="geometric")
+            head.set_std(value_at(schedule, progress))
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:

@@ -28,7 +28,7 @@ class Schedule(Settings):
 
     start: float = Field(gt=0, description="Value at the first update.")
     end: float = Field(gt=0, description="Value at the last update.")
-    shape: Literal["linear", "cosine"] = Field("linear", description="How it moves from start to end.")
+    shape: Literal["linear", "cosine", "geometric"] = Field("linear", description="How it moves from start to end.")
 
 
 class DiscountSchedule(Schedule):
@@ -90,11 +90,11 @@ class EnvConfig(Settings):
 class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
-    initial_std: float = Field(0.4, gt=0, description="Standard deviation of the Gaussian policy at the start.")
+    initial_std: float = Field(0.3, gt=0, description="Standard deviation of the Gaussian policy at the start.")
     final_std: float | None = Field(
         0.1,
         gt=0,
-        description="Standard deviation at the last update, reached in a straight line; null: σ is learned instead.",
+        description="Standard deviation at the last update, reached by equal factors; null: σ is learned instead.",
     )
     state_dependent_std: bool = Field(False, description="Let the network output log σ(s); `final_std` has to be null.")
     std_min: float = Field(

@@ -10,10 +10,12 @@ from trpo.config import Schedule
 def value_at(setting: float | Schedule, progress: float) -> float:
     """The value of a constant or scheduled setting at progress p ∈ [0, 1].
 
-    linear: start + p (end − start); cosine: end + ½ (start − end)(1 + cos πp).
+    linear: start + p (end − start); cosine: end + ½ (start − end)(1 + cos πp); geometric: start^(1 − p) end^p.
     """
     if not isinstance(setting, Schedule):
         return setting
     if setting.shape == "linear":
         return setting.start + progress * (setting.end - setting.start)
+    if setting.shape == "geometric":
+        return float(setting.start ** (1 - progress) * setting.end**progress)
     return setting.end + 0.5 * (setting.start - setting.end) * (1 + math.cos(math.pi * progress))
