@@ -177,7 +177,10 @@ class LineSearchConfig(Settings):
 
 
 class NaturalGradientConfig(Settings):
-    max_kl: Scheduled = Field(0.0067, description="Bound δ on the mean KL(π_old ‖ π_new), nats, constant or scheduled.")
+    max_kl: Scheduled = Field(
+        Schedule(start=0.0067, end=0.0034),
+        description="Bound δ on the mean KL(π_old ‖ π_new), nats, constant or scheduled.",
+    )
     max_kl_per_dimension: bool = Field(
         True,
         description="Times the number of action dimensions, whose KLs the joint KL sums; off: `max_kl` bounds the "
