@@ -222,16 +222,13 @@ TEXT_ERRORS = {
         "2: batch_size: 2048 is larger than total_steps 100: not one update fits",
     ),
     "std outside its bounds": (
-        "policy:\n  initial_std: 0.6\n  std_max: 0.5\n  final_std: null",
+        "policy:\n  initial_std: 0.6\n  std_max: 0.5",
         "3: policy.initial_std: must lie strictly between std_min 0.1 and std_max 0.5, not 0.6",
     ),
-    "std bounds crossed": (
-        "policy: {std_min: 30, final_std: null}",
-        "2: policy.std_min: must be below std_max 20.0, not 30.0",
-    ),
+    "std bounds crossed": ("policy: {std_min: 30}", "2: policy.std_min: must be below std_max 20.0, not 30.0"),
     "std both scheduled and learned": (
-        "policy:\n  state_dependent_std: true",
-        "3: policy.final_std: must be null for state_dependent_std, not 0.1",
+        "policy:\n  state_dependent_std: true\n  final_std: 0.1",
+        "4: policy.final_std: must be null for state_dependent_std, not 0.1",
     ),
     "several": ("threads: -1\nseed: -1\nfoo: 1", "2: threads: must be an integer ≥ 0, not -1 (and 2 more)"),
     "syntax": ("seed: 1: 2", "2: is not valid YAML: mapping values are not allowed here"),
@@ -373,7 +370,7 @@ def test_the_models_alone_refuse_contradictions() -> None:
     with pytest.raises(ValidationError, match=r"batch_size: 2050 is not a multiple of env\.num_envs 16"):
         Config.model_validate({"env": {"id": "X"}, "batch_size": 2050})
     with pytest.raises(ValidationError, match="initial_std: must lie strictly between"):
-        PolicyConfig(initial_std=0.007, final_std=None)
+        PolicyConfig(initial_std=0.007)
 
 
 # Properties.
@@ -509,10 +506,10 @@ def test_the_table_lists_every_setting_with_its_range_and_default() -> None:
 
     for leaf in leaves(parse_config(ENV).model_dump(by_alias=True)):
         assert f"\n| `{leaf}` | " in table
-    assert "\n| `gae.lambda` | a number in [0, 1] | `0.9` | " in table
+    assert "\n| `gae.lambda` | a number in [0, 1] | `0.8` | " in table
     assert (
         "\n| `natural_gradient.max_kl` | a number > 0 or a mapping {start, end, shape} | "
-        "`{start: 0.0067, end: 0.0034, shape: linear}` | "
+        "`{start: 0.0067, end: 0.0017, shape: linear}` | "
     ) in table
     assert "\n| `env.id` | text that is not empty | required | " in table
     assert all(row.replace(r"\|", "").count("|") == 5 and not row.endswith("|  |") for row in table.splitlines())

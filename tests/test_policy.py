@@ -160,7 +160,7 @@ def test_build_policy_fits_its_spaces(space: spaces.Space, param_dim: int) -> No
 @pytest.mark.parametrize("state_dependent", [False, True])
 def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> None:
     policy = build_policy(
-        config(state_dependent_std=state_dependent, initial_std=0.5, final_std=None, std_min=0.1, std_max=3.0),
+        config(state_dependent_std=state_dependent, initial_std=0.5, std_min=0.1, std_max=3.0),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),
@@ -177,7 +177,7 @@ def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> No
 
 def test_a_scheduled_std_is_what_it_is_set_to_and_no_parameter() -> None:
     policy = build_policy(
-        config(initial_std=0.5),
+        config(initial_std=0.5, final_std=0.1),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),

@@ -116,7 +116,7 @@ def test_samples_repeat_with_the_generator_and_vary_without(space, tmp_path):
 
 
 def test_samples_of_a_box_are_mean_plus_std_times_noise_clipped(tmp_path):
-    policy = saved(tmp_path, "box", policy={"final_std": None})
+    policy = saved(tmp_path, "box")
     obs = observations()
     raw = load_state(policy.path)["policy"]["network.raw_log_std"].numpy()
     low, high = np.log(policy.config.policy.std_min), np.log(policy.config.policy.std_max)

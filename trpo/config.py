@@ -90,9 +90,9 @@ class EnvConfig(Settings):
 class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
-    initial_std: float = Field(0.3, gt=0, description="Standard deviation of the Gaussian policy at the start.")
+    initial_std: float = Field(0.4, gt=0, description="Standard deviation of the Gaussian policy at the start.")
     final_std: float | None = Field(
-        0.1,
+        None,
         gt=0,
         description="Standard deviation at the last update, reached by equal factors; null: σ is learned instead.",
     )
@@ -155,11 +155,11 @@ class GaeConfig(Settings):
         Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[DiscountSchedule, Tag("schedule")],
         Discriminator(_kind),
     ] = Field(
-        DiscountSchedule(start=0.99, end=0.995, shape="cosine"),
+        DiscountSchedule(start=0.99, end=0.998, shape="cosine"),
         description="Discount γ, constant or scheduled: near goals first, then what comes late.",
     )
     lambda_: float = Field(
-        0.9, ge=0, le=1, alias="lambda", description="λ of the advantages: 0 is one-step TD, 1 Monte Carlo."
+        0.8, ge=0, le=1, alias="lambda", description="λ of the advantages: 0 is one-step TD, 1 Monte Carlo."
     )
     value_lambda: float = Field(
         0.95,
@@ -178,7 +178,7 @@ class LineSearchConfig(Settings):
 
 class NaturalGradientConfig(Settings):
     max_kl: Scheduled = Field(
-        Schedule(start=0.0067, end=0.0034),
+        Schedule(start=0.0067, end=0.0017),
         description="Bound δ on the mean KL(π_old ‖ π_new), nats, constant or scheduled.",
     )
     max_kl_per_dimension: bool = Field(

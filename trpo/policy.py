@@ -69,7 +69,7 @@ class Policy(nn.Module):
 class ScheduledHead(nn.Module):
     """Takes network outputs for μ of η = (μ, log σ); σ is given, and no gradient moves it.
 
-    Exploration then falls at a pace of its own, and what acts without noise in the end is what was trained with little.
+    Exploration then falls at a pace of its own, and the whole KL bound is left to μ.
     """
 
     scheduled_log_std: Tensor  # [A]
