@@ -60,7 +60,7 @@ def test_any_leading_shape_stands_for_the_batch(family: Distribution) -> None:
         (family.score(p, action), family.score(flat_p, flat_action)),
         (family.entropy(p), family.entropy(flat_p)),
         (family.kl(p, q), family.kl(flat_p, flat_q)),
-        (family.metric_product(p, q), family.metric_product(flat_p, flat_q)),
+        (family.metric(p)(q), family.metric(flat_p)(flat_q)),
     ):
         assert torch.equal(shaped.flatten(0, 1), flat)
 
@@ -75,7 +75,7 @@ def test_score_is_the_gradient_of_torchs_log_prob(family: Distribution) -> None:
 def metric_matrix(family: Distribution, eta: Tensor) -> Tensor:
     """M [K, K] at one η [K], column by column from products."""
     basis = torch.eye(family.param_dim, dtype=F64)
-    return family.metric_product(eta.expand(family.param_dim, -1), basis).T
+    return family.metric(eta.expand(family.param_dim, -1))(basis).T
 
 
 def test_metric_is_the_hessian_of_torchs_kl(family: Distribution) -> None:
@@ -176,7 +176,7 @@ def test_extreme_logits_stay_finite(name: str, dtype: torch.dtype) -> None:
         family.entropy(p),
         family.kl(p, q),
         family.score(p, action),
-        family.metric_product(p, torch.ones_like(p)),
+        family.metric(p)(torch.ones_like(p)),
         family.mode(p),
     )
     for value in values:

@@ -341,7 +341,7 @@ def test_ant_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
 PHASES: dict[str, tuple[Any, str]] = {
     "rollout": (trpo.collector.Collector, "_episodes"),
     "advantages": (trpo.agent, "gae"),
-    "fisher product": (DiagonalGaussian, "metric_product"),
+    "fisher product": (DiagonalGaussian, "metric"),
     "line search": (DiagonalGaussian, "kl"),
     "evaluation": (trpo.trainer, "evaluate"),
     "saving": (trpo.checkpoint, "sync_directory"),
@@ -672,11 +672,15 @@ def becomes(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda result: result * factor
 
 
+def products_become(factor: float) -> Callable[[Callable[[torch.Tensor], torch.Tensor]], object]:
+    return lambda metric: lambda u: metric(u) * factor
+
+
 EXHAUSTED = "line search exhausted: last candidate had non-finite surrogate or KL"
-NUMERICS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = {
+NUMERICS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "gradient": ("score", becomes(math.nan), "non-finite gradient"),
-    "Fisher product": ("metric_product", becomes(math.nan), "non-finite Fisher-vector product"),
-    "negative curvature": ("metric_product", becomes(-1e6), "non-positive curvature"),
+    "Fisher product": ("metric", products_become(math.nan), "non-finite Fisher-vector product"),
+    "negative curvature": ("metric", products_become(-1e6), "non-positive curvature"),
     "surrogate": ("log_prob", becomes(math.nan), EXHAUSTED),
     "KL": ("kl", becomes(math.inf), EXHAUSTED),
 }

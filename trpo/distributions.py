@@ -8,7 +8,7 @@ metric). Shapes: `B` samples, `K` parameters per sample, `A` action components; 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -46,8 +46,11 @@ class Distribution(Protocol):
     def kl(self, p: Tensor, q: Tensor) -> Tensor:
         """KL(π_p ‖ π_q) [B] in nats, summed over action components (the joint KL)."""
 
-    def metric_product(self, eta: Tensor, u: Tensor) -> Tensor:
-        """M(η) u [B, K]: M = ∇²_q KL(π_η ‖ π_q) at q = η = E[score scoreᵀ], the Fisher information in η."""
+    def metric(self, eta: Tensor) -> Callable[[Tensor], Tensor]:
+        """u ↦ M(η) u [B, K]: M = ∇²_q KL(π_η ‖ π_q) at q = η = E[score scoreᵀ], the Fisher information in η.
+
+        What does not depend on u is computed once.
+        """
 
 
 class DiagonalGaussian:
@@ -91,10 +94,11 @@ class DiagonalGaussian:
         z = (mean_p - mean_q) * (-log_std_q).exp()
         return (0.5 * (torch.expm1(2 * d) + z.square()) - d).sum(-1)
 
-    def metric_product(self, eta: Tensor, u: Tensor) -> Tensor:
+    def metric(self, eta: Tensor) -> Callable[[Tensor], Tensor]:
         """M = diag(1/σ², 2): the metric of the Gaussian in (μ, log σ)."""
-        u_mean, u_log_std = u.chunk(2, -1)
-        return torch.cat([u_mean * (-2 * eta[..., self.action_dim :]).exp(), 2 * u_log_std], -1)
+        precision = (-2 * eta[..., self.action_dim :]).exp()
+        diagonal = torch.cat([precision, torch.full_like(precision, 2.0)], -1)
+        return lambda u: diagonal * u
 
 
 class Categorical:
@@ -140,13 +144,15 @@ class Categorical:
         pairs = zip(self._log_probabilities(p), self._log_probabilities(q), strict=True)
         return torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1) for log_p, log_q in pairs]).sum(0)
 
-    def metric_product(self, eta: Tensor, u: Tensor) -> Tensor:
+    def metric(self, eta: Tensor) -> Callable[[Tensor], Tensor]:
         """M = diag(p) − ppᵀ for each component."""
-        parts = []
-        for log_p, v in zip(self._log_probabilities(eta), u.split(self.sizes, -1), strict=True):
-            p = log_p.exp()
-            parts.append(p * (v - (p * v).sum(-1, keepdim=True)))
-        return torch.cat(parts, -1)
+        probabilities = [log_p.exp() for log_p in self._log_probabilities(eta)]
+
+        def product(u: Tensor) -> Tensor:
+            pairs = zip(probabilities, u.split(self.sizes, -1), strict=True)
+            return torch.cat([p * (v - (p * v).sum(-1, keepdim=True)) for p, v in pairs], -1)
+
+        return product
 
     def _log_probabilities(self, eta: Tensor) -> list[Tensor]:
         return [logits.log_softmax(-1) for logits in eta.split(self.sizes, -1)]
@@ -191,10 +197,11 @@ class Bernoulli:
         tails = (-p).sigmoid() * (logsigmoid(-p) - logsigmoid(-q))
         return (heads + tails).sum(-1)
 
-    def metric_product(self, eta: Tensor, u: Tensor) -> Tensor:
+    def metric(self, eta: Tensor) -> Callable[[Tensor], Tensor]:
         """M = diag(p (1 − p))."""
         p = eta.sigmoid()
-        return p * (1 - p) * u
+        diagonal = p * (1 - p)
+        return lambda u: diagonal * u
 
 
 def distribution_for(space: spaces.Space) -> Distribution:

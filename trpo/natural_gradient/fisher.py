@@ -32,10 +32,9 @@ def fisher_product(
         count: number of samples of all processes together.
         all_sum: sums a vector [P] over processes.
     """
-    eta = linearization.output
+    metric = distribution.metric(linearization.output)
 
     def product(v: Tensor) -> Tensor:
-        jv = linearization.jvp(v)
-        return all_sum(linearization.vjp(distribution.metric_product(eta, jv))).div_(count)
+        return all_sum(linearization.vjp(metric(linearization.jvp(v)))).div_(count)
 
     return product
