@@ -26,7 +26,7 @@ FAMILIES: dict[str, Distribution] = {
     "bernoulli": Bernoulli(3),
 }
 DISCRETE = ("categorical", "multi_categorical", "bernoulli")
-# Every way η can depend on θ: each family, and the Gaussian with σ as a free vector or as a network output.
+# Every way η can depend on θ: each family, and the Gaussian with σ as a free vector, as a network output, or given.
 POLICIES = ("gaussian", "gaussian_state_std", "gaussian_scheduled_std", *DISCRETE)
 
 

@@ -109,7 +109,7 @@ class ScheduledLinearization:
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
         mean = self._inner.jvp(v)
-        return torch.cat([mean, torch.zeros_like(mean)], -1)
+        return nn.functional.pad(mean, (0, mean.shape[-1]))
 
     def vjp(self, u: Tensor) -> Tensor:
         return self._inner.vjp(_mean_part(u))
