@@ -13,7 +13,7 @@ from trpo.agent import Agent
 from trpo.batch import Rollout
 from trpo.config import Config
 from trpo.distributed import join_group
-from trpo.metrics import PhaseTimers
+from trpo.timers import PhaseTimers
 
 CPU = torch.device("cpu")
 STEPS, ENVS, OBS, ACTIONS = 12, 4, 3, 2
@@ -81,7 +81,7 @@ def test_the_discount_moves_with_progress_and_the_scale_of_rewards_does_not() ->
 
 
 def test_the_std_of_the_next_rollout_is_that_of_the_progress() -> None:
-    agent = make_agent(policy={"initial_std": 0.9, "final_std": 0.1})
+    agent = make_agent(policy={"std": {"start": 0.9, "end": 0.1, "shape": "geometric"}})
     for progress, std in [(0.0, 0.9), (0.5, 0.3), (1.0, 0.1)]:
         report = agent.update(make_rollout(), progress=progress, timers=PhaseTimers())
         assert agent.policy.std() == pytest.approx(std, rel=1e-12)

@@ -110,7 +110,7 @@ def test_overrides_reach_into_a_schedule_and_free_arguments() -> None:
 
 # Errors: each with its exact line and key path.
 
-SECTION = "hidden_sizes, activation, initial_std, final_std, state_dependent_std, std_min, std_max, mean_head_scale"
+SECTION = "hidden_sizes, activation, std, initial_std, state_dependent_std, std_min, std_max, mean_head_scale"
 NO_ALIAS = "anchors (&) and aliases (*) are not allowed; write the value out"
 DISCOUNT = "a number in [0, 1] or a mapping {start, end, shape}"
 TEXT_ERRORS = {
@@ -227,8 +227,16 @@ TEXT_ERRORS = {
     ),
     "std bounds crossed": ("policy: {std_min: 30}", "2: policy.std_min: must be below std_max 20.0, not 30.0"),
     "std both scheduled and learned": (
-        "policy:\n  state_dependent_std: true\n  final_std: 0.1",
-        "4: policy.final_std: must be null for state_dependent_std, not 0.1",
+        "policy:\n  state_dependent_std: true\n  std: 0.1",
+        "4: policy.std: must be null for state_dependent_std",
+    ),
+    "a choice of three": (
+        "policy: {std: wide}",
+        '2: policy.std: must be a number > 0 or a mapping {start, end, shape} or null, not "wide"',
+    ),
+    "inside a choice of three": (
+        "policy:\n  std: {start: 0, end: 1}",
+        "3: policy.std.start: must be a number > 0, not 0",
     ),
     "several": ("threads: -1\nseed: -1\nfoo: 1", "2: threads: must be an integer ≥ 0, not -1 (and 2 more)"),
     "syntax": ("seed: 1: 2", "2: is not valid YAML: mapping values are not allowed here"),

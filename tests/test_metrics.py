@@ -23,7 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trpo.console import LiveConsole, PlainConsole, Progress, open_console
 from trpo.errors import UserError
-from trpo.metrics import MetricsWriter, PhaseTimers
+from trpo.metrics import MetricsWriter
+from trpo.timers import PhaseTimers
 
 
 class FakeClock:

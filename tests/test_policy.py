@@ -177,7 +177,7 @@ def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> No
 
 def test_a_scheduled_std_is_what_it_is_set_to_and_no_parameter() -> None:
     policy = build_policy(
-        config(initial_std=0.5, final_std=0.1),
+        config(std={"start": 0.5, "end": 0.1}),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from trpo.advantages import gae, standardize
 from trpo.batch import Batch, Rollout
-from trpo.config import Config, Schedule
+from trpo.config import Config
 from trpo.distributed import Group
-from trpo.metrics import PhaseTimers
 from trpo.natural_gradient import StepReport, trust_region_step
 from trpo.normalizer import RewardScaler
 from trpo.policy import ScheduledHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.schedule import value_at
+from trpo.timers import PhaseTimers
 from trpo.value import AdamFit, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
 
 
@@ -141,10 +141,9 @@ class Agent:
 
     def _schedule_std(self, progress: float) -> None:
         """σ of the next rollout: too small a change between two updates to count against the KL bound."""
-        settings, head = self.config.policy, self.policy.network
-        if isinstance(head, ScheduledHead) and settings.final_std is not None:
-            schedule = Schedule(start=settings.initial_std, end=settings.final_std, shape="geometric")
-            head.set_std(value_at(schedule, progress))
+        std, head = self.config.policy.std, self.policy.network
+        if isinstance(head, ScheduledHead) and std is not None:
+            head.set_std(value_at(std, progress))
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:

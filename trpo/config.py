@@ -31,7 +31,7 @@ class Schedule(Settings):
     shape: Literal["linear", "cosine", "geometric"] = Field("linear", description="How it moves from start to end.")
 
 
-class DiscountSchedule(Schedule):
+class FractionSchedule(Schedule):
     start: float = Field(ge=0, le=1, description="Value at the first update.")
     end: float = Field(ge=0, le=1, description="Value at the last update.")
 
@@ -43,6 +43,10 @@ def _kind(value: object) -> str:
 
 Scheduled = Annotated[
     Annotated[float, Field(gt=0), Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_kind)
+]
+ScheduledFraction = Annotated[
+    Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[FractionSchedule, Tag("schedule")],
+    Discriminator(_kind),
 ]
 
 
@@ -90,13 +94,11 @@ class EnvConfig(Settings):
 class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
-    initial_std: float = Field(0.4, gt=0, description="Standard deviation of the Gaussian policy at the start.")
-    final_std: float | None = Field(
-        None,
-        gt=0,
-        description="Standard deviation at the last update, reached by equal factors; null: σ is learned instead.",
+    std: Scheduled | None = Field(
+        None, description="Standard deviation of the Gaussian policy where it is given, not learned; null: learned."
     )
-    state_dependent_std: bool = Field(False, description="Let the network output log σ(s); `final_std` has to be null.")
+    initial_std: float = Field(0.4, gt=0, description="A learned standard deviation at the start.")
+    state_dependent_std: bool = Field(False, description="Let the network output log σ(s); `std` has to be null.")
     std_min: float = Field(
         0.1, gt=0, description="Lower bound on a learned σ, reached smoothly: a policy without noise cannot recover."
     )
@@ -104,11 +106,10 @@ class PolicyConfig(Settings):
     mean_head_scale: float = Field(0.01, gt=0, description="Gain of the orthogonal initialisation of the last layer.")
 
     @model_validator(mode="after")
-    def _std_is_scheduled_or_learned(self) -> Self:
-        if self.final_std is not None:
+    def _std_is_given_or_learned(self) -> Self:
+        if self.std is not None:
             if self.state_dependent_std:
-                problem = f"must be null for state_dependent_std, not {self.final_std}"
-                raise _contradiction("final_std", problem, against="state_dependent_std")
+                raise _contradiction("std", "must be null for state_dependent_std", against="state_dependent_std")
             return self
         if self.std_min >= self.std_max:
             problem = f"must be below std_max {self.std_max}, not {self.std_min}"
@@ -151,11 +152,8 @@ class NormalizeConfig(Settings):
 
 
 class GaeConfig(Settings):
-    gamma: Annotated[
-        Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[DiscountSchedule, Tag("schedule")],
-        Discriminator(_kind),
-    ] = Field(
-        DiscountSchedule(start=0.99, end=0.998, shape="cosine"),
+    gamma: ScheduledFraction = Field(
+        FractionSchedule(start=0.99, end=0.998, shape="cosine"),
         description="Discount γ, constant or scheduled: near goals first, then what comes late.",
     )
     lambda_: float = Field(

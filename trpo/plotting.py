@@ -14,7 +14,8 @@ import numpy as np
 
 from trpo.config_file import load_config
 from trpo.errors import UserError
-from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE, read_table
+from trpo.metric_files import read_table
+from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
 from trpo.seed_statistics import Array, bootstrap_interval
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from trpo.distributions import DiagonalGaussian, Distribution, distribution_for
 from trpo.networks import MLP, AutogradLinearization, Factors, Linearization
 from trpo.normalizer import ObservationNormalizer
 from trpo.parameters import FlatParameters
+from trpo.schedule import value_at
 
 
 class Policy(nn.Module):
@@ -243,8 +244,8 @@ def build_policy(
         generator=generator,
     )
     network: nn.Module = mlp
-    if gaussian and settings.final_std is not None:
-        network = ScheduledHead(mlp, distribution.action_dim, std=settings.initial_std)
+    if gaussian and settings.std is not None:
+        network = ScheduledHead(mlp, distribution.action_dim, std=value_at(settings.std, 0.0))
     elif gaussian:
         network = GaussianHead(
             mlp,

@@ -44,7 +44,7 @@ def key_path(location: tuple[str | int, ...]) -> KeyPath:
     """A pydantic error's location without the names it gives to the branches of a choice."""
     path: KeyPath = ()
     for part in location:
-        chosen = "oneOf" in (schema_at(path) or {}) and part in ("number", "schedule")
+        chosen = len(branches(schema_at(path) or {})) > 1 and part in ("number", "schedule")
         path = path if chosen else (*path, part)
     return path
 
@@ -68,8 +68,9 @@ def did_you_mean(candidates: Iterable[str]) -> str:
 
 
 def branches(schema: Schema) -> list[Schema]:
-    """The alternatives of a choice between types; anything else is the only one."""
-    return schema.get("oneOf") or schema.get("anyOf") or [schema]
+    """The alternatives of a choice between types, however nested; anything else is the only one."""
+    choices = schema.get("oneOf") or schema.get("anyOf")
+    return [branch for choice in choices for branch in branches(choice)] if choices else [schema]
 
 
 def words(schema: Schema) -> list[str]:

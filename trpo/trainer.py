@@ -24,12 +24,14 @@ from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
 from trpo.errors import CheckpointError, TrainingError, UserError
 from trpo.evaluation import Evaluation, evaluate
-from trpo.metrics import EVALUATIONS_FILE, CsvTable, MetricsWriter, PhaseTimers
+from trpo.metric_files import CsvTable
+from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
 from trpo.natural_gradient import StepReport
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.run_directory import RunDirectory, RunLock, config_difference
 from trpo.saved_policy import load_policy, save_policy
 from trpo.signals import caught_signals
+from trpo.timers import PhaseTimers
 
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
 

@@ -28,7 +28,7 @@ from trpo.config import Config
 from trpo.config_file import dump_config, load_config
 from trpo.errors import UserError
 from trpo.evaluation import evaluate
-from trpo.metrics import read_table
+from trpo.metric_files import read_table
 from trpo.run_directory import find_run
 from trpo.saved_policy import load_policy
 from trpo.seed_statistics import bootstrap_interval, interquartile_mean

@@ -34,8 +34,8 @@ from trpo.benchmark.work import (
 )
 from trpo.config import Config, NaturalGradientConfig
 from trpo.envs.contract import BatchEnv
-from trpo.metrics import PhaseTimers
 from trpo.natural_gradient import trust_region_step
+from trpo.timers import PhaseTimers
 from trpo.trainer import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
