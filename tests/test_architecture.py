@@ -18,6 +18,7 @@ LAYERS = (
         "advantages",
         "batch",
         "checkpoint",
+        "colored_noise",
         "config",
         "config_file",
         "console",

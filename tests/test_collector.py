@@ -12,6 +12,7 @@ from helpers import F64, OBS_DIM, make_policy, randn, seeded
 from torch import Tensor
 
 from trpo.collector import Collector
+from trpo.colored_noise import ColoredNoise
 from trpo.envs.contract import Step
 from trpo.policy import Policy
 
@@ -124,6 +125,15 @@ def test_actions_are_the_policys_for_the_stored_observations_and_what_the_enviro
         expected = policy.distribution.sample(policy(policy.normalizer(rollout.obs[t])), noise[t])
         assert torch.equal(rollout.action[t], expected)
         assert torch.equal(env.actions[t], rollout.action[t])
+
+
+def test_the_noise_of_a_gaussian_policy_is_colored_and_no_others() -> None:
+    gaussian, categorical = make_policy(), make_policy("categorical")
+    for policy, exponent in ((gaussian, 1.0), (categorical, 0.0)):
+        source = collector(CounterEnvs(3), policy=policy, noise_exponent=1.0)
+        source.collect()
+        white = policy.distribution.noise(8, 3, like=policy.theta.vector, generator=seeded(11))
+        assert torch.equal(source.noise, ColoredNoise(8, exponent, like=white)(white))
 
 
 def test_rollouts_continue_where_the_last_one_ended_in_the_same_memory() -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trpo.config import Config, PolicyConfig, Schedule
+from trpo.config import Config, LearnedStdConfig, Schedule
 from trpo.config_file import dump_config, load_config, parse_config
 from trpo.errors import ConfigError, UserError
 from trpo.settings_schema import describe, settings_table, words
@@ -110,7 +110,7 @@ def test_overrides_reach_into_a_schedule_and_free_arguments() -> None:
 
 # Errors: each with its exact line and key path.
 
-SECTION = "hidden_sizes, activation, std, initial_std, state_dependent_std, std_min, std_max, mean_head_scale"
+SECTION = "hidden_sizes, activation, std, noise_exponent, mean_head_scale"
 NO_ALIAS = "anchors (&) and aliases (*) are not allowed; write the value out"
 DISCOUNT = "a number in [0, 1] or a mapping {start, end, shape}"
 TEXT_ERRORS = {
@@ -176,8 +176,8 @@ TEXT_ERRORS = {
         "gae: {gamma: .nan}",
         f"2: gae.gamma: must be {DISCOUNT}, not .nan",
     ),
-    "infinite": ("policy: {std_max: .inf}", "2: policy.std_max: must be a number > 0, not .inf"),
-    "overflow": ("policy: {std_max: 1e999}", "2: policy.std_max: 1e999 is too large for a number"),
+    "infinite": ("policy: {mean_head_scale: .inf}", "2: policy.mean_head_scale: must be a number > 0, not .inf"),
+    "overflow": ("policy: {mean_head_scale: 1e999}", "2: policy.mean_head_scale: 1e999 is too large for a number"),
     "long number": ("seed: " + "9" * 5000, "2: seed: a number of 5000 digits is too long"),
     "not one of": (
         "value: {fit: addam}",
@@ -222,17 +222,22 @@ TEXT_ERRORS = {
         "2: batch_size: 2048 is larger than total_steps 100: not one update fits",
     ),
     "std outside its bounds": (
-        "policy:\n  initial_std: 0.6\n  std_max: 0.5",
-        "3: policy.initial_std: must lie strictly between std_min 0.1 and std_max 0.5, not 0.6",
+        "policy:\n  std: {initial: 0.6, max: 0.5}",
+        "3: policy.std.initial: must lie strictly between min 0.1 and max 0.5, not 0.6",
     ),
-    "std bounds crossed": ("policy: {std_min: 30}", "2: policy.std_min: must be below std_max 20.0, not 30.0"),
+    "std bounds crossed": ("policy: {std: {min: 30}}", "2: policy.std.min: must be below max 20.0, not 30.0"),
     "std both scheduled and learned": (
-        "policy:\n  state_dependent_std: true\n  std: 0.1",
-        "4: policy.std: must be null for state_dependent_std",
+        "policy:\n  std:\n    start: 0.3\n    end: 0.1\n    min: 0.2",
+        "6: policy.std.min: belongs to another way to give it: keep one",
+    ),
+    "misspelt in a choice of three": (
+        "policy: {std: {initail: 1}}",
+        "2: policy.std.initail: unknown setting; did you mean policy.std.initial?",
     ),
     "a choice of three": (
         "policy: {std: wide}",
-        '2: policy.std: must be a number > 0 or a mapping {start, end, shape} or null, not "wide"',
+        "2: policy.std: must be a number > 0 or a mapping {start, end, shape} or a mapping {initial, min, max, "
+        'state_dependent}, not "wide"',
     ),
     "inside a choice of three": (
         "policy:\n  std: {start: 0, end: 1}",
@@ -377,8 +382,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_models_alone_refuse_contradictions() -> None:
     with pytest.raises(ValidationError, match=r"batch_size: 2050 is not a multiple of env\.num_envs 16"):
         Config.model_validate({"env": {"id": "X"}, "batch_size": 2050})
-    with pytest.raises(ValidationError, match="initial_std: must lie strictly between"):
-        PolicyConfig(initial_std=0.007)
+    with pytest.raises(ValidationError, match="initial: must lie strictly between"):
+        LearnedStdConfig(initial=0.007)
 
 
 # Properties.
@@ -412,6 +417,7 @@ free = st.recursive(
     max_leaves=8,
 )
 free_mapping = st.dictionaries(st.text() | awkward, free, max_size=3)
+learned_std = st.builds(dict, min=st.floats(1e-300, 0.3), state_dependent=st.booleans())
 wrapper = st.fixed_dictionaries({"name": st.just("some.module:Class")}, optional={"kwargs": free_mapping})
 environment = st.fixed_dictionaries(
     {"id": st.text(min_size=1) | awkward.filter(bool), "num_envs": st.sampled_from([1, 2, 8])},
@@ -423,7 +429,9 @@ configs = st.fixed_dictionaries(
         "seed": st.integers(min_value=0, max_value=10**300),
         "name": st.from_regex(r"[A-Za-z0-9_.-]+", fullmatch=True),
         "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
-        "policy": st.builds(dict, hidden_sizes=st.lists(st.integers(min_value=1)), std_min=st.floats(1e-300, 0.3)),
+        "policy": st.builds(
+            dict, hidden_sizes=st.lists(st.integers(min_value=1)), std=positive | schedule | learned_std
+        ),
         "gae": st.builds(lambda gamma, lambda_: {"gamma": gamma, "lambda": lambda_}, share, share),
         "natural_gradient": st.builds(dict, max_kl=positive | schedule, damping=positive),
         "normalize": st.builds(dict, rewards=st.booleans(), clip_rewards=positive),
@@ -514,10 +522,10 @@ def test_the_table_lists_every_setting_with_its_range_and_default() -> None:
 
     for leaf in leaves(parse_config(ENV).model_dump(by_alias=True)):
         assert f"\n| `{leaf}` | " in table
-    assert "\n| `gae.lambda` | a number in [0, 1] | `0.8` | " in table
+    assert "\n| `gae.value_lambda` | a number in [0, 1] | `0.95` | " in table
     assert (
         "\n| `natural_gradient.max_kl` | a number > 0 or a mapping {start, end, shape} | "
-        "`{start: 0.0067, end: 0.0017, shape: linear}` | "
+        "`{start: 0.0067, end: 0.0034, shape: linear}` | "
     ) in table
     assert "\n| `env.id` | text that is not empty | required | " in table
     assert all(row.replace(r"\|", "").count("|") == 5 and not row.endswith("|  |") for row in table.splitlines())

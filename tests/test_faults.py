@@ -794,7 +794,7 @@ def test_uncommon_spaces_train_save_and_act(
         "Spaces-v0",
         gymnasium.envs.registration.EnvSpec("Spaces-v0", lambda: Plain(1.0, 5, observation, action)),
     )
-    settings = config("Spaces-v0", total_steps=192, policy={"initial_std": 3.0}, evaluation={"every_steps": 0})
+    settings = config("Spaces-v0", total_steps=192, policy={"std": 3.0}, evaluation={"every_steps": 0})
     trainer = trainer_of(settings, tmp_path)
     environment = trainer.env._shard._envs[0].unwrapped
     rollout, _ = trainer.collector.collect()

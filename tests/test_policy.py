@@ -160,7 +160,7 @@ def test_build_policy_fits_its_spaces(space: spaces.Space, param_dim: int) -> No
 @pytest.mark.parametrize("state_dependent", [False, True])
 def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> None:
     policy = build_policy(
-        config(state_dependent_std=state_dependent, initial_std=0.5, std_min=0.1, std_max=3.0),
+        config(std={"state_dependent": state_dependent, "initial": 0.5, "min": 0.1, "max": 3.0}),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),

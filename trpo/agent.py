@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trpo.advantages import gae, standardize
 from trpo.batch import Batch, Rollout
-from trpo.config import Config
+from trpo.config import Config, LearnedStdConfig
 from trpo.distributed import Group
 from trpo.natural_gradient import StepReport, trust_region_step
 from trpo.normalizer import RewardScaler
@@ -142,7 +142,7 @@ class Agent:
     def _schedule_std(self, progress: float) -> None:
         """σ of the next rollout: too small a change between two updates to count against the KL bound."""
         std, head = self.config.policy.std, self.policy.network
-        if isinstance(head, ScheduledHead) and std is not None:
+        if isinstance(head, ScheduledHead) and not isinstance(std, LearnedStdConfig):
             head.set_std(value_at(std, progress))
 
     @torch.no_grad()
@@ -172,7 +172,7 @@ class Agent:
             gamma=value_at(settings.gamma, progress),
             valid=valid,
         )
-        advantage, _ = estimate(lambda_=settings.lambda_)
+        advantage, _ = estimate(lambda_=value_at(settings.lambda_, progress))
         _, target = estimate(lambda_=settings.value_lambda)
         keep = valid.flatten().nonzero().squeeze(-1)
         obs, action, advantage, target, value = (

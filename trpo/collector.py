@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from trpo.batch import Rollout
+from trpo.colored_noise import ColoredNoise
+from trpo.distributions import DiagonalGaussian
 from trpo.envs.contract import BatchEnv, Step
 from trpo.errors import EnvError
 from trpo.policy import Policy
@@ -36,6 +38,7 @@ class Collector:
         policy: samples the actions.
         length: T.
         generator: source of the action noise.
+        noise_exponent: β of the spectrum 1/f^β that Gaussian noise has over the T steps; other noise is white.
         shard: which of `total_envs` environments are this process's. The noise of all of them is drawn, so that the
             numbers do not depend on how environments are spread over processes.
     """
@@ -47,6 +50,7 @@ class Collector:
         length: int,
         *,
         generator: torch.Generator,
+        noise_exponent: float = 0.0,
         shard: slice | None = None,
         total_envs: int | None = None,
     ):
@@ -57,6 +61,8 @@ class Collector:
         self.shard = shard or slice(0, env.num_envs)
         self.total_envs = total_envs or env.num_envs
         self.obs = env.reset().clone()
+        gaussian = isinstance(policy.distribution, DiagonalGaussian)
+        self._color = ColoredNoise(length, noise_exponent if gaussian else 0.0, like=policy.theta.vector)
         self.noise = torch.empty(0)
         self._buffers = _buffers(env, policy, length, self.obs)
         self._success = torch.full((length, env.num_envs), torch.nan, device=env.device)
@@ -72,7 +78,8 @@ class Collector:
         out = self._buffers
         shape = (self.length, self.total_envs)
         like = self.policy.theta.vector
-        self.noise = self.policy.distribution.noise(*shape, like=like, generator=self.generator)[:, self.shard]
+        white = self.policy.distribution.noise(*shape, like=like, generator=self.generator)
+        self.noise = self._color(white)[:, self.shard]
         self._success.fill_(torch.nan)
         for t in range(self.length):
             out.obs[t] = self.obs

@@ -91,34 +91,48 @@ class EnvConfig(Settings):
     max_restarts: int = Field(3, ge=0, description="Worker restarts allowed in one run.")
 
 
+class LearnedStdConfig(Settings):
+    initial: float = Field(0.4, gt=0, description="A learned σ at the start.")
+    min: float = Field(
+        0.1, gt=0, description="Lower bound on a learned σ, reached smoothly: a policy without noise cannot recover."
+    )
+    max: float = Field(20.0, gt=0, description="Upper bound on a learned σ, reached smoothly.")
+    state_dependent: bool = Field(False, description="Let the network output log σ(s).")
+
+    @model_validator(mode="after")
+    def _initial_lies_within(self) -> Self:
+        if self.min >= self.max:
+            raise _contradiction("min", f"must be below max {self.max}, not {self.min}", against="max")
+        if not self.min < self.initial < self.max:
+            problem = f"must lie strictly between min {self.min} and max {self.max}, not {self.initial}"
+            raise _contradiction("initial", problem, against="min" if self.initial <= self.min else "max")
+        return self
+
+
+def _std_kind(value: object) -> str:
+    learned = isinstance(value, dict) and not {"start", "end", "shape"} & value.keys()
+    return "learned" if learned or isinstance(value, LearnedStdConfig) else _kind(value)
+
+
 class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
-    std: Scheduled | None = Field(
-        None, description="Standard deviation of the Gaussian policy where it is given, not learned; null: learned."
+    std: Annotated[
+        Annotated[float, Field(gt=0), Tag("number")]
+        | Annotated[Schedule, Tag("schedule")]
+        | Annotated[LearnedStdConfig, Tag("learned")],
+        Discriminator(_std_kind),
+    ] = Field(
+        LearnedStdConfig(),
+        description="Standard deviation σ of the Gaussian policy: given, constant or scheduled, or learned.",
     )
-    initial_std: float = Field(0.4, gt=0, description="A learned standard deviation at the start.")
-    state_dependent_std: bool = Field(False, description="Let the network output log σ(s); `std` has to be null.")
-    std_min: float = Field(
-        0.1, gt=0, description="Lower bound on a learned σ, reached smoothly: a policy without noise cannot recover."
+    noise_exponent: float = Field(
+        0.5,
+        ge=0,
+        le=2,
+        description="β of the spectrum 1/f^β of the Gaussian noise of actions over a rollout: 0 is white, 1 pink.",
     )
-    std_max: float = Field(20.0, gt=0, description="Upper bound on a learned σ, reached smoothly.")
     mean_head_scale: float = Field(0.01, gt=0, description="Gain of the orthogonal initialisation of the last layer.")
-
-    @model_validator(mode="after")
-    def _std_is_given_or_learned(self) -> Self:
-        if self.std is not None:
-            if self.state_dependent_std:
-                raise _contradiction("std", "must be null for state_dependent_std", against="state_dependent_std")
-            return self
-        if self.std_min >= self.std_max:
-            problem = f"must be below std_max {self.std_max}, not {self.std_min}"
-            raise _contradiction("std_min", problem, against="std_max")
-        if not self.std_min < self.initial_std < self.std_max:
-            problem = f"must lie strictly between std_min {self.std_min} and std_max {self.std_max}"
-            against = "std_min" if self.initial_std <= self.std_min else "std_max"
-            raise _contradiction("initial_std", f"{problem}, not {self.initial_std}", against=against)
-        return self
 
 
 class AdamFitConfig(Settings):
@@ -153,11 +167,13 @@ class NormalizeConfig(Settings):
 
 class GaeConfig(Settings):
     gamma: ScheduledFraction = Field(
-        FractionSchedule(start=0.99, end=0.998, shape="cosine"),
+        FractionSchedule(start=0.99, end=0.995, shape="cosine"),
         description="Discount γ, constant or scheduled: near goals first, then what comes late.",
     )
-    lambda_: float = Field(
-        0.8, ge=0, le=1, alias="lambda", description="λ of the advantages: 0 is one-step TD, 1 Monte Carlo."
+    lambda_: ScheduledFraction = Field(
+        FractionSchedule(start=0.9, end=0.8),
+        alias="lambda",
+        description="λ of the advantages, constant or scheduled: 0 is one-step TD, 1 Monte Carlo.",
     )
     value_lambda: float = Field(
         0.95,
@@ -176,7 +192,7 @@ class LineSearchConfig(Settings):
 
 class NaturalGradientConfig(Settings):
     max_kl: Scheduled = Field(
-        Schedule(start=0.0067, end=0.0017),
+        Schedule(start=0.0067, end=0.0034),
         description="Bound δ on the mean KL(π_old ‖ π_new), nats, constant or scheduled.",
     )
     max_kl_per_dimension: bool = Field(

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from trpo.config import Config
+from trpo.config import Config, LearnedStdConfig
 from trpo.distributions import DiagonalGaussian, Distribution, distribution_for
 from trpo.networks import MLP, AutogradLinearization, Factors, Linearization
 from trpo.normalizer import ObservationNormalizer
@@ -124,7 +124,7 @@ def _mean_part(u: Tensor) -> Tensor:
 
 
 class GaussianHead(nn.Module):
-    """Turns network outputs into η = (μ, log σ) with a learned σ, log σ kept in (log std_min, log std_max).
+    """Turns network outputs into η = (μ, log σ) with a learned σ, log σ kept between two bounds.
 
     The bound is a scaled sigmoid, b(x) = lo + (hi − lo) · sigmoid(4 (x − mid) / (hi − lo)): slope 1 in the middle,
     never 0, so that a σ at its bound can come back, as it could not from a clamp. x is a free vector [A] for a
@@ -235,24 +235,20 @@ def build_policy(
     settings, dtype = config.policy, getattr(torch, config.dtype)
     distribution = distribution_for(action_space)
     obs_dim = observation_space.shape[0]
-    gaussian = isinstance(distribution, DiagonalGaussian)
-    out = distribution.action_dim if gaussian and not settings.state_dependent_std else distribution.param_dim
+    std = settings.std if isinstance(distribution, DiagonalGaussian) else None
+    from_state = std is None or (isinstance(std, LearnedStdConfig) and std.state_dependent)
     mlp = MLP(
-        [obs_dim, *settings.hidden_sizes, out],
+        [obs_dim, *settings.hidden_sizes, distribution.param_dim if from_state else distribution.action_dim],
         activation=settings.activation,
         head_scale=settings.mean_head_scale,
         generator=generator,
     )
     network: nn.Module = mlp
-    if gaussian and settings.std is not None:
-        network = ScheduledHead(mlp, distribution.action_dim, std=value_at(settings.std, 0.0))
-    elif gaussian:
-        network = GaussianHead(
-            mlp,
-            distribution.action_dim,
-            initial_std=settings.initial_std,
-            std_bounds=(settings.std_min, settings.std_max),
-        )
+    if isinstance(std, LearnedStdConfig):
+        bounds = (std.min, std.max)
+        network = GaussianHead(mlp, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)
+    elif std is not None:
+        network = ScheduledHead(mlp, distribution.action_dim, std=value_at(std, 0.0))
     normalizer = build_normalizer(config, obs_dim)
     return Policy(network.to(device, dtype), distribution, normalizer.to(device))
 

@@ -44,7 +44,7 @@ def key_path(location: tuple[str | int, ...]) -> KeyPath:
     """A pydantic error's location without the names it gives to the branches of a choice."""
     path: KeyPath = ()
     for part in location:
-        chosen = len(branches(schema_at(path) or {})) > 1 and part in ("number", "schedule")
+        chosen = len(branches(schema_at(path) or {})) > 1 and part in ("number", "schedule", "learned")
         path = path if chosen else (*path, part)
     return path
 
@@ -141,8 +141,14 @@ def _inline(schema: Any, definitions: Schema) -> Any:
 
 
 def _mapping(schema: Schema) -> Schema:
-    """Of a choice, the branch that is a mapping; anything else as it is."""
-    return next((branch for branch in branches(schema) if "properties" in branch), schema)
+    """Of a choice, the branches that are mappings, as if they were one; anything else as it is."""
+    mappings = [branch for branch in branches(schema) if "properties" in branch]
+    if len(mappings) < 2:
+        return mappings[0] if mappings else schema
+    return {
+        "properties": {name: below for branch in mappings for name, below in branch["properties"].items()},
+        "required": [name for branch in mappings for name in branch.get("required", ())],
+    }
 
 
 def _walk(schema: Schema, path: KeyPath) -> Iterator[tuple[KeyPath, Schema, bool]]:

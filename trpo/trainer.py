@@ -119,6 +119,7 @@ class Trainer:
             self.agent.policy,
             config.rollout_length,
             generator=torch_generator(config.seed, "actions", self.device),
+            noise_exponent=config.policy.noise_exponent,
             shard=shard,
             total_envs=config.env.num_envs,
         )
