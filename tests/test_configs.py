@@ -51,9 +51,11 @@ SMALL_RUN = (
 
 
 def leaves(data: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Settings by path; a schedule is one setting, whichever of its ends departs."""
     found: dict[tuple[str, ...], Any] = {}
     for key, value in data.items():
-        found |= leaves(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): value}
+        inner = isinstance(value, dict) and value and "start" not in value
+        found |= leaves(value, (*path, key)) if inner else {(*path, key): value}
     return found
 
 
