@@ -23,6 +23,7 @@ def make_agent(
     *,
     natural_gradient: dict[str, object] | None = None,
     policy: dict[str, object] | None = None,
+    value: dict[str, object] | None = None,
     **gae_settings: object,
 ) -> Agent:
     config = Config.model_validate(
@@ -33,6 +34,7 @@ def make_agent(
             "normalize": {"rewards": False},
             "gae": gae_settings,
             "policy": policy or {},
+            "value": value or {},
             "natural_gradient": natural_gradient or {},
         }
     )
@@ -57,8 +59,7 @@ def make_rollout() -> Rollout:
 def test_advantages_and_targets_have_a_lambda_each(value_lambda: float) -> None:
     agent, rollout = make_agent(**{"gamma": 0.9, "lambda": 0.3, "value_lambda": value_lambda}), make_rollout()
     batch, target, value = agent.prepare(rollout, progress=0.0)
-    with torch.no_grad():
-        now, then = (agent.value(agent.policy.normalizer(x).flatten(0, 1)) for x in (rollout.obs, rollout.next_obs))
+    now, then = (agent.average_value(agent.policy.normalizer(x).flatten(0, 1)) for x in (rollout.obs, rollout.next_obs))
 
     def by_hand(lambda_: float) -> tuple[torch.Tensor, torch.Tensor]:
         ends = rollout.terminated, rollout.truncated
@@ -69,6 +70,19 @@ def test_advantages_and_targets_have_a_lambda_each(value_lambda: float) -> None:
     assert torch.equal(target, by_hand(value_lambda)[1].flatten())
     assert torch.equal(value, now)
     torch.testing.assert_close(batch.advantage, standardize(by_hand(0.3)[0].flatten()), rtol=1e-12, atol=1e-12)
+
+
+def test_advantages_are_estimated_with_the_average_of_the_fits() -> None:
+    agent, rollout = make_agent(value={"ema_decay": 0.5}), make_rollout()
+    fits = []
+    for _ in range(2):
+        agent.update(rollout, progress=0.0, timers=PhaseTimers())
+        fits.append(agent.value.theta.vector.clone())
+    _, _, value = agent.prepare(rollout, progress=0.0)
+    agent.value.theta.assign_((fits[0] + fits[1]) / 2)
+    obs = agent.policy.normalizer(rollout.obs).flatten(0, 1)
+    torch.testing.assert_close(value, agent.value(obs).detach(), rtol=0, atol=1e-12)  # lerp rounds otherwise
+    assert not torch.equal(fits[0], fits[1])
 
 
 def test_the_discount_moves_with_progress_and_the_scale_of_rewards_does_not() -> None:

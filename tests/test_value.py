@@ -11,7 +11,7 @@ from helpers import F64, OBS_DIM, make_mlp, make_policy, randn, relative_error, 
 from torch import Tensor
 
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
-from trpo.value import AdamFit, GaussNewtonFit, ValueFunction, build_value, explained_variance, mean_squared_error
+from trpo.value import AdamFit, AverageValue, GaussNewtonFit, ValueFunction, build_value, explained_variance, mean_squared_error
 
 SIZE = 50
 
@@ -187,3 +187,47 @@ def test_build_value_follows_the_config() -> None:
     value = build_value(config, OBS_DIM, generator=seeded(), device=torch.device("cpu"))
     assert value.network.activation == "relu" and len(value.theta.vector) == 7 * (OBS_DIM + 1) + 8
     assert value(randn(4, OBS_DIM)).shape == (4,) and value(randn(4, OBS_DIM)).dtype is F64
+
+
+@torch.no_grad()  # where the average is evaluated too: tanh rounds otherwise there
+def predictions(value: ValueFunction, obs: Tensor) -> Tensor:
+    return value(obs)
+
+
+def test_the_average_over_fits_is_plain_at_first_and_exponential_then() -> None:
+    value = make_value()
+    average = AverageValue(value, decay=0.75)
+    obs = randn(6, OBS_DIM)
+    assert torch.equal(average(obs), predictions(value, obs))  # before any fit: V itself
+    fits = [randn(len(value.theta.vector), seed=seed) for seed in range(6)]
+    for theta in fits:
+        value.theta.assign_(theta)
+        average.update(value)
+    plain = sum(fits[:4]) / 4  # 1/(1 − 0.75) of them count alike
+    expected = make_value()
+    expected.theta.assign_(0.75 * (0.75 * plain + 0.25 * fits[4]) + 0.25 * fits[5])
+    torch.testing.assert_close(average(obs), predictions(expected, obs), rtol=0, atol=1e-12)  # sums in another order
+    assert torch.equal(value.theta.vector, fits[-1])  # V itself is left alone
+
+
+def test_without_decay_the_average_is_the_last_fit() -> None:
+    value = make_value()
+    average = AverageValue(value, decay=0.0)
+    obs = randn(6, OBS_DIM)
+    for seed in range(3):
+        value.theta.assign_(randn(len(value.theta.vector), seed=seed))
+        average.update(value)
+        assert torch.equal(average(obs), predictions(value, obs))
+
+
+def test_the_average_goes_on_from_its_state() -> None:
+    value = make_value()
+    average, resumed = AverageValue(value, decay=0.9), AverageValue(make_value(seed=7), decay=0.9)
+    obs = randn(6, OBS_DIM)
+    for seed in range(6):
+        value.theta.assign_(randn(len(value.theta.vector), seed=seed))
+        if seed == 3:
+            resumed.load_state_dict(average.state_dict())
+        average.update(value)
+        resumed.update(value)
+    assert torch.equal(average(obs), resumed(obs))

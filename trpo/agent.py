@@ -23,7 +23,7 @@ from trpo.policy import ScheduledHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.schedule import value_at
 from trpo.timers import PhaseTimers
-from trpo.value import AdamFit, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
+from trpo.value import AdamFit, AverageValue, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class UpdateReport:
     transitions: int  # environment steps the update learned from, all processes together
     entropy: float  # mean policy entropy after the update, nats
     std: float  # mean σ of a state-independent Gaussian policy after the update, else NaN
-    explained_variance_before: float  # of the return targets by V before its fit
-    explained_variance_after: float
+    explained_variance_before: float  # of the return targets by the average V̄ that estimated them, before the fit
+    explained_variance_after: float  # by V, after its fit
     learning_rate: float | None  # of Adam, if V is fitted by it
 
 
@@ -68,6 +68,7 @@ class Agent:
         init = torch_generator(config.seed, "initialisation")
         self.policy = build_policy(config, observation_space, action_space, generator=init, device=device)
         self.value = build_value(config, observation_space.shape[0], generator=init, device=device)
+        self.average_value = AverageValue(self.value, config.value.ema_decay)
         self.reward_scaler = RewardScaler(
             num_envs,
             gamma=value_at(config.gae.gamma, 0.0),  # for good: a scale that grew with γ would be one more moving target
@@ -112,6 +113,7 @@ class Agent:
             )
         with timers("value_fit"):
             fit = self.value_fit.fit(self.value, batch.obs, target, progress=progress)
+            self.average_value.update(self.value)
         with timers("statistics"), torch.no_grad():
             entropy = self.policy.distribution.entropy(self.policy(batch.obs)).double()
             entropy_sum, transitions = all_sum(torch.stack([entropy.sum(), torch.ones_like(entropy).sum()])).tolist()
@@ -159,8 +161,8 @@ class Agent:
         self.reward_scaler.update(reward, terminated | truncated, valid, all_sum=self.group.all_sum)
         obs = self.policy.normalizer(rollout.obs.to(self.device))
         next_obs = self.policy.normalizer(rollout.next_obs.to(self.device))
-        value = self.value(obs.flatten(0, 1)).view(reward.shape)
-        next_value = self.value(next_obs.flatten(0, 1)).view(reward.shape)
+        value = self.average_value(obs.flatten(0, 1)).view(reward.shape)
+        next_value = self.average_value(next_obs.flatten(0, 1)).view(reward.shape)
         settings = self.config.gae
         estimate = partial(
             gae,
@@ -185,6 +187,7 @@ class Agent:
         return {
             "policy": dict(self.policy.state_dict()),
             "value": dict(self.value.state_dict()),
+            "value_average": self.average_value.state_dict(),
             "value_fit": self.value_fit.state_dict(),
             "reward_moments": dict(self.reward_scaler.moments.state_dict()),
         }
@@ -192,6 +195,7 @@ class Agent:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
         self.value.load_state_dict(state["value"])
+        self.average_value.load_state_dict(state["value_average"])
         self.value_fit.load_state_dict(state["value_fit"])
         self.reward_scaler.moments.load_state_dict(state["reward_moments"])
 

@@ -156,6 +156,13 @@ class ValueConfig(Settings):
     fit: Literal["adam", "gauss_newton"] = Field("adam", description="How V(s) is fitted to the returns.")
     adam: AdamFitConfig = AdamFitConfig()
     gauss_newton: GaussNewtonFitConfig = GaussNewtonFitConfig()
+    ema_decay: float = Field(
+        0.8,
+        ge=0,
+        lt=1,
+        description="Decay, per update, of the moving average of V's parameters that estimates advantages and targets; "
+        "0: V as last fitted.",
+    )
 
 
 class NormalizeConfig(Settings):

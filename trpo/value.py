@@ -1,4 +1,4 @@
-"""The value function V(s) and the two ways it is fitted to return targets."""
+"""The value function V(s), the two ways it is fitted to return targets, and its average over updates."""
 
 from __future__ import annotations
 
@@ -33,6 +33,42 @@ class ValueFunction(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """[B, D] → [B]."""
         return self.network(obs).squeeze(-1)
+
+
+class AverageValue:
+    """V̄(s): a value function whose θ is the exponential moving average of V's over updates (Polyak & Juditsky 1992).
+
+    A fit follows the noise of its batch as far as V can bend. From one batch to the next that noise is another and
+    averages out, while what V has learned stays. Advantages and targets are estimated with V̄; fits go on from V.
+
+    Args:
+        value: V before its first fit, which V̄ then equals.
+        decay: of the average per update, in [0, 1); 0: V̄ is V as last fitted.
+    """
+
+    def __init__(self, value: ValueFunction, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self._value = copy.deepcopy(value)
+
+    @torch.no_grad()
+    def __call__(self, obs: Tensor) -> Tensor:
+        """[B, D] → [B]."""
+        return self._value(obs)
+
+    @torch.no_grad()
+    def update(self, value: ValueFunction) -> None:
+        """Takes in V as now fitted. The first 1/(1 − decay) fits count alike, the untrained V not at all."""
+        self.updates += 1
+        weight = max(1 - self.decay, 1 / self.updates)
+        self._value.theta.assign_(torch.lerp(self._value.theta.vector, value.theta.vector, weight))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "theta": self._value.theta.vector.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        self._value.theta.assign_(state["theta"])
 
 
 @dataclass(frozen=True, slots=True)
