@@ -11,7 +11,15 @@ from helpers import F64, OBS_DIM, make_mlp, make_policy, randn, relative_error, 
 from torch import Tensor
 
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
-from trpo.value import AdamFit, AverageValue, GaussNewtonFit, ValueFunction, build_value, explained_variance, mean_squared_error
+from trpo.value import (
+    AdamFit,
+    AverageValue,
+    GaussNewtonFit,
+    ValueFunction,
+    build_value,
+    explained_variance,
+    mean_squared_error,
+)
 
 SIZE = 50
 
