@@ -14,7 +14,7 @@ from trpo.config import NaturalGradientConfig
 from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution
 from trpo.networks import MLP
 from trpo.normalizer import ObservationNormalizer
-from trpo.policy import GaussianHead, Policy, ScheduledHead
+from trpo.policy import GaussianHead, GivenStdHead, Policy
 
 F64 = torch.float64
 OBS_DIM = 3
@@ -27,7 +27,7 @@ FAMILIES: dict[str, Distribution] = {
 }
 DISCRETE = ("categorical", "multi_categorical", "bernoulli")
 # Every way η can depend on θ: each family, and the Gaussian with σ as a free vector, as a network output, or given.
-POLICIES = ("gaussian", "gaussian_state_std", "gaussian_scheduled_std", *DISCRETE)
+POLICIES = ("gaussian", "gaussian_state_std", "gaussian_given_std", *DISCRETE)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -76,12 +76,12 @@ def make_policy(
     initial_std: float = 0.6,
 ) -> Policy:
     """A small policy of one of the `POLICIES`; `opaque` makes it use AutogradLinearization."""
-    distribution = FAMILIES[kind.removesuffix("_state_std").removesuffix("_scheduled_std")]
+    distribution = FAMILIES[kind.removesuffix("_state_std").removesuffix("_given_std")]
     gaussian = isinstance(distribution, DiagonalGaussian)
     out = distribution.param_dim if not gaussian or kind.endswith("_state_std") else distribution.action_dim
     network: nn.Module = make_mlp([OBS_DIM, *hidden, out], activation=activation, seed=seed, dtype=dtype)
-    if kind.endswith("_scheduled_std"):
-        network = ScheduledHead(network, distribution.action_dim, std=initial_std).to(dtype)
+    if kind.endswith("_given_std"):
+        network = GivenStdHead(network, distribution.action_dim, std=initial_std).to(dtype)
     elif gaussian:
         network = GaussianHead(network, distribution.action_dim, initial_std=initial_std, std_bounds=std_bounds)
         network.to(dtype)

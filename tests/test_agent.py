@@ -94,12 +94,20 @@ def test_the_discount_moves_with_progress_and_the_scale_of_rewards_does_not() ->
     assert agent.reward_scaler.gamma == 0.5
 
 
-def test_the_std_of_the_next_rollout_is_that_of_the_progress() -> None:
+def test_lambda_moves_with_progress() -> None:
+    agent, rollout = make_agent(**{"lambda": {"start": 0.9, "end": 0.5}}), make_rollout()
+    for progress, lambda_ in [(0.0, 0.9), (0.25, 0.8), (1.0, 0.5)]:
+        batch, _, _ = agent.prepare(rollout, progress=progress)
+        expected, _, _ = make_agent(**{"lambda": lambda_}).prepare(rollout, progress=progress)
+        torch.testing.assert_close(batch.advantage, expected.advantage, rtol=0, atol=1e-12)  # 0.8 is computed
+
+
+def test_a_given_std_moves_with_progress() -> None:
     agent = make_agent(policy={"std": {"start": 0.9, "end": 0.1, "shape": "geometric"}})
     for progress, std in [(0.0, 0.9), (0.5, 0.3), (1.0, 0.1)]:
+        agent.set_std(progress)
         report = agent.update(make_rollout(), progress=progress, timers=PhaseTimers())
-        assert agent.policy.std() == pytest.approx(std, rel=1e-12)
-    assert report.std == pytest.approx(0.3, rel=1e-12)  # that of the policy which was updated
+        assert agent.policy.std() == report.std == pytest.approx(std, rel=1e-12)
 
 
 @pytest.mark.parametrize(("per_dimension", "bound"), [(True, 1e-3 * ACTIONS), (False, 1e-3)])

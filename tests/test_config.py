@@ -234,6 +234,14 @@ TEXT_ERRORS = {
         "policy: {std: {initail: 1}}",
         "2: policy.std.initail: unknown setting; did you mean policy.std.initial?",
     ),
+    "key named like a branch of the choice": (
+        "policy:\n  std:\n    learned: true",
+        "4: policy.std.learned: unknown setting; did you mean policy.std.end?",
+    ),
+    "factors to zero": (
+        "gae:\n  lambda:\n    start: 0.9\n    end: 0\n    shape: geometric",
+        "5: gae.lambda.end: must be above 0 for shape geometric: no factors lead there",
+    ),
     "a choice of three": (
         "policy: {std: wide}",
         "2: policy.std: must be a number > 0 or a mapping {start, end, shape} or a mapping {initial, min, max, "
@@ -340,6 +348,23 @@ def test_an_override_does_not_hide_a_broken_section() -> None:
     assert (
         error_of(ENV + "gae:\n", "gae.gamma=1") == "x.yaml:2: gae: is a section (gamma, lambda, value_lambda), not null"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "problem"),
+    [
+        (  # the file's initial is gone with the rest of its mapping
+            "policy: {std: {initial: 0.6, min: 0.05}}",
+            "policy.std={min: 0.7}",
+            "policy.std.initial: must lie strictly between min 0.7 and max 20.0, not 0.4",
+        ),
+        ("gae: {gamma: 0.9}", "gae.gamma.end=0.998", "gae.gamma.start: is required: a number in [0, 1]"),
+    ],
+)
+def test_what_an_override_puts_in_the_place_of_a_files_value_is_the_overrides(
+    text: str, override: str, problem: str
+) -> None:
+    assert error_of(ENV + text, override) == f"override {override}: {problem}"
 
 
 @pytest.mark.parametrize("text", ["[" * 10_000, "a: " + "[" * 10_000, "{a: " * 10_000, "- " * 10_000, "? " * 10_000])

@@ -215,7 +215,7 @@ def test_changed_settings_are_refused_unless_asked_for_and_then_shown(
     ("env", "problem"),
     [
         ({"id": "Acrobot-v1"}, "does not fit this config"),
-        ({"num_envs": 6}, "does not fit this config"),
+        ({"num_envs": 6}, r"does not fit this config \(env.num_envs: 3 → 6\)"),
         ({"wrappers": [{"name": "gymnasium.wrappers:NormalizeObservation"}]}, "did not come back"),
     ],
 )

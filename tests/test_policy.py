@@ -22,7 +22,7 @@ from helpers import (
 
 from trpo.config import Config
 from trpo.distributions import DiagonalGaussian
-from trpo.policy import GaussianHead, ScheduledHead, build_normalizer, build_policy
+from trpo.policy import GaussianHead, GivenStdHead, build_normalizer, build_policy
 
 BOUNDS = (0.01, 10.0)
 # Chains of some tens of float64 operations: units of 2.2e-16, taken a thousandfold.
@@ -175,7 +175,7 @@ def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> No
     assert isinstance(network, GaussianHead) and (network.low, network.high) == (math.log(0.1), math.log(3.0))
 
 
-def test_a_scheduled_std_is_what_it_is_set_to_and_no_parameter() -> None:
+def test_a_given_std_is_what_it_is_set_to_and_no_parameter() -> None:
     policy = build_policy(
         config(std={"start": 0.5, "end": 0.1}),
         spaces.Box(-1, 1, (OBS_DIM,)),
@@ -184,7 +184,7 @@ def test_a_scheduled_std_is_what_it_is_set_to_and_no_parameter() -> None:
         device=torch.device("cpu"),
     )
     head = policy.network
-    assert isinstance(head, ScheduledHead)
+    assert isinstance(head, GivenStdHead)
     assert len(policy.theta.vector) == sum(layer.weight.numel() + len(layer.bias) for layer in head.network.linears)
     for std in (0.5, 0.02):
         assert policy.std() == pytest.approx(std, rel=TOLERANCE)

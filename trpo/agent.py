@@ -19,7 +19,7 @@ from trpo.config import Config, LearnedStdConfig
 from trpo.distributed import Group
 from trpo.natural_gradient import StepReport, trust_region_step
 from trpo.normalizer import RewardScaler
-from trpo.policy import ScheduledHead, build_policy
+from trpo.policy import GivenStdHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.schedule import value_at
 from trpo.timers import PhaseTimers
@@ -121,7 +121,6 @@ class Agent:
             std = self.policy.std()
             # Last of all: until here the policy has to be the one that acted.
             self.policy.normalizer.update(rollout.obs[rollout.valid].to(self.device), all_sum=all_sum)
-            self._schedule_std(progress)
             return UpdateReport(
                 step,
                 fit,
@@ -141,10 +140,10 @@ class Agent:
         dimensions = self.policy.distribution.action_dim if settings.max_kl_per_dimension else 1
         return dimensions * value_at(settings.max_kl, progress)
 
-    def _schedule_std(self, progress: float) -> None:
-        """σ of the next rollout: too small a change between two updates to count against the KL bound."""
+    def set_std(self, progress: float) -> None:
+        """Before a rollout: gives a σ that is not learned its value at the `progress` of the update to come."""
         std, head = self.config.policy.std, self.policy.network
-        if isinstance(head, ScheduledHead) and not isinstance(std, LearnedStdConfig):
+        if isinstance(head, GivenStdHead) and not isinstance(std, LearnedStdConfig):
             head.set_std(value_at(std, progress))
 
     @torch.no_grad()

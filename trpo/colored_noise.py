@@ -9,9 +9,11 @@ from torch import Tensor
 class ColoredNoise:
     """Turns white Gaussian noise into noise of spectral density 1/f^β (Timmer & König 1995).
 
-    Each value stays N(0, 1) by itself, so that a ~ N(μ, σ²) still holds for every action, and with it log π(a|s), KL
-    and Fisher matrix; only the noise of neighbouring time steps is correlated. β = 0 is white, 1 pink; 0.5 served
-    on-policy learning best in Hollenstein et al. 2024 (AAAI 38, "Colored Noise in PPO").
+    Each value is N(0, 1) by itself, so that the actions a policy takes are distributed as it says. But the state holds
+    traces of the noise before, which tell of the noise to come: given the state, the score no longer averages to zero,
+    and the policy gradient is that of white noise only approximately. KL and Fisher matrix are functions of η and stay
+    exact. β = 0 is white, 1 pink; 0.5 served on-policy learning best in Hollenstein et al. 2024 (AAAI 38, "Colored
+    Noise in PPO").
 
     Args:
         length: T, time steps; noise repeats itself after T steps, as a finite Fourier sum does.

@@ -35,6 +35,13 @@ class FractionSchedule(Schedule):
     start: float = Field(ge=0, le=1, description="Value at the first update.")
     end: float = Field(ge=0, le=1, description="Value at the last update.")
 
+    @model_validator(mode="after")
+    def _factors_reach_the_end(self) -> Self:
+        if self.shape == "geometric" and 0 in (self.start, self.end):
+            key = "end" if self.end == 0 else "start"
+            raise _contradiction(key, "must be above 0 for shape geometric: no factors lead there", against="shape")
+        return self
+
 
 def _kind(value: object) -> str:
     # Chosen here rather than by trial, so that a mistake is reported once, against what was meant.

@@ -111,8 +111,14 @@ def _override(data: dict[str, Any], override: str, origins: Origins) -> None:
     if len(path) > MAX_DEPTH or schema_at(path) is None:
         raise config_error(label, path, unknown_setting(path))
     value, found = read_yaml(text, locate=lambda _: label, untyped=is_untyped, base=path)
+    section: Any = data
     for parent in parents:
-        origins.setdefault(parent, label)
+        section = section.get(parent[-1]) if isinstance(section, dict) else None
+        if not isinstance(section, dict) and not (parent in origins and is_section(parent)):
+            origins[parent] = label  # made here, or put in the place of a number
+    if not (isinstance(value, dict) and is_section(path)):  # nothing is left of what the file has below
+        for gone in [known for known in origins if known[: len(path)] == path]:
+            del origins[gone]
     origins.update({path: label, **found})
     _set(data, path, value)
 

@@ -22,7 +22,7 @@ class Policy(nn.Module):
     """π_θ(a|s), with the observation normaliser it was trained with inside.
 
     `network` maps normalised observations [B, D] to the distribution parameters; for a Gaussian these pass through a
-    `GaussianHead` or a `ScheduledHead`. Any module will do: one that offers `linearize` gets closed-form Fisher
+    `GaussianHead` or a `GivenStdHead`. Any module will do: one that offers `linearize` gets closed-form Fisher
     products, others autograd.
 
     Attributes:
@@ -67,45 +67,45 @@ class Policy(nn.Module):
         return float(log_std().exp().mean()) if callable(log_std) else math.nan
 
 
-class ScheduledHead(nn.Module):
+class GivenStdHead(nn.Module):
     """Takes network outputs for μ of η = (μ, log σ); σ is given, and no gradient moves it.
 
-    Exploration then falls at a pace of its own, and the whole KL bound is left to μ.
+    The whole KL bound is then left to μ.
     """
 
-    scheduled_log_std: Tensor  # [A]
+    given_log_std: Tensor  # [A]
 
     def __init__(self, network: MLP, action_dim: int, *, std: float):
         super().__init__()
         self.network = network
-        self.register_buffer("scheduled_log_std", torch.full((action_dim,), math.log(std), dtype=torch.float64))
+        self.register_buffer("given_log_std", torch.full((action_dim,), math.log(std), dtype=torch.float64))
 
     def forward(self, obs: Tensor) -> Tensor:
         """[B, D] → η [B, 2A]."""
         mean = self.network(obs)
-        return torch.cat([mean, self.scheduled_log_std.expand_as(mean)], -1)
+        return torch.cat([mean, self.given_log_std.expand_as(mean)], -1)
 
     def log_std(self) -> Tensor:
         """log σ [A]."""
-        return self.scheduled_log_std
+        return self.given_log_std
 
     def set_std(self, std: float) -> None:
         """σ from now on, of all action components."""
-        self.scheduled_log_std.fill_(math.log(std))
+        self.given_log_std.fill_(math.log(std))
 
-    def linearize(self, obs: Tensor) -> ScheduledLinearization:
+    def linearize(self, obs: Tensor) -> GivenStdLinearization:
         """Closed-form linearisation, on top of the network's."""
-        return ScheduledLinearization(self, obs)
+        return GivenStdLinearization(self, obs)
 
 
-class ScheduledLinearization:
-    """J of a `ScheduledHead`: the network's J, and rows of zeros for log σ."""
+class GivenStdLinearization:
+    """J of a `GivenStdHead`: the network's J, and rows of zeros for log σ."""
 
     @torch.no_grad()
-    def __init__(self, head: ScheduledHead, obs: Tensor):
+    def __init__(self, head: GivenStdHead, obs: Tensor):
         self._inner = head.network.linearize(obs)
         mean = self._inner.output
-        self.output = torch.cat([mean, head.scheduled_log_std.expand_as(mean)], -1)
+        self.output = torch.cat([mean, head.given_log_std.expand_as(mean)], -1)
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def build_policy(
         bounds = (std.min, std.max)
         network = GaussianHead(mlp, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)
     elif std is not None:
-        network = ScheduledHead(mlp, distribution.action_dim, std=value_at(std, 0.0))
+        network = GivenStdHead(mlp, distribution.action_dim, std=value_at(std, 0.0))
     normalizer = build_normalizer(config, obs_dim)
     return Policy(network.to(device, dtype), distribution, normalizer.to(device))
 

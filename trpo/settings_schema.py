@@ -43,9 +43,12 @@ def is_untyped(path: KeyPath) -> bool:
 def key_path(location: tuple[str | int, ...]) -> KeyPath:
     """A pydantic error's location without the names it gives to the branches of a choice."""
     path: KeyPath = ()
-    for part in location:
+    parts = iter(location)
+    for part in parts:
+        # What follows a branch's name is a key again, whatever it is called.
         chosen = len(branches(schema_at(path) or {})) > 1 and part in ("number", "schedule", "learned")
-        path = path if chosen else (*path, part)
+        key = next(parts, None) if chosen else part
+        path = path if key is None else (*path, key)
     return path
 
 
@@ -68,9 +71,8 @@ def did_you_mean(candidates: Iterable[str]) -> str:
 
 
 def branches(schema: Schema) -> list[Schema]:
-    """The alternatives of a choice between types, however nested; anything else is the only one."""
-    choices = schema.get("oneOf") or schema.get("anyOf")
-    return [branch for choice in choices for branch in branches(choice)] if choices else [schema]
+    """The alternatives of a choice between types; anything else is the only one."""
+    return schema.get("oneOf") or schema.get("anyOf") or [schema]
 
 
 def words(schema: Schema) -> list[str]:

@@ -193,6 +193,7 @@ class Trainer:
     def _iteration(self) -> None:
         started = time.perf_counter()
         timers = PhaseTimers()
+        self.agent.set_std(self.progress)
         with timers("rollout"):
             rollout, episodes = self.collector.collect()
         if self.updates == 0:
@@ -321,7 +322,9 @@ class Trainer:
     def _load_state(self, state: dict[str, Any], path: Path) -> list[str]:
         """Takes up a checkpoint; the settings that differ from those it was trained with."""
         assert self.env is not None
+        changed: list[str] = []
         try:
+            changed = config_difference(Config.model_validate(state["config"]), self.config)
             if len(state["processes"]) != self.group.size:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
                 raise CheckpointError(f"{path}: {problem}")
@@ -332,10 +335,10 @@ class Trainer:
             self.recent.load_state_dict(state["recent"])
             for name in COUNTERS:
                 setattr(self, name, state["counters"][name])
-            return config_difference(Config.model_validate(state["config"]), self.config)
+            return changed
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise CheckpointError(f"{path}: does not fit this config ({first_line})") from error
+            why = "; ".join(changed) or str(error).splitlines()[0]
+            raise CheckpointError(f"{path}: does not fit this config ({why})") from error
 
     def _say(self, text: str) -> None:
         if self.writer is not None:

@@ -1,0 +1,51 @@
+"""What the trainer hands on from the settings to the parts that no other test builds through it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import config_for
+
+from trpo.colored_noise import ColoredNoise
+from trpo.trainer import Trainer
+
+
+def trainer(root: Path, *, updates: int = 3, **policy: Any) -> Trainer:
+    config = config_for(
+        "Pendulum-v1",
+        env={"id": "Pendulum-v1", "num_envs": 2},
+        total_steps=64 * updates,
+        batch_size=64,
+        device="cpu",
+        policy={"hidden_sizes": (8,), **policy},
+        value={"hidden_sizes": (8,)},
+    )
+    return Trainer(config, root=root, console=False)
+
+
+def test_actions_get_noise_of_the_color_that_the_settings_name(tmp_path: Path) -> None:
+    noise = []
+    for exponent in (0.0, 1.0):
+        with closing(trainer(tmp_path, noise_exponent=exponent)) as source:
+            source.collector.collect()
+            noise.append(source.collector.noise)
+    assert torch.equal(noise[1], ColoredNoise(32, 1.0, like=noise[0])(noise[0]))
+
+
+def test_a_given_std_acts_from_its_first_value_to_its_last(tmp_path: Path) -> None:
+    acted = []
+    with closing(trainer(tmp_path, std={"start": 0.5, "end": 0.1})) as source:
+        collect = source.collector.collect
+
+        def observed() -> Any:
+            acted.append(source.agent.policy.std())
+            return collect()
+
+        source.collector.collect = observed  # type: ignore[method-assign]
+        for _ in range(3):
+            source._iteration()
+    assert acted == pytest.approx([0.5, 0.3, 0.1], rel=1e-6)  # float32
