@@ -497,13 +497,16 @@ def wait_for_a_new_checkpoint(root: Path) -> None:
 
 def test_the_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
     (tmp_path / "slow_env.py").write_text(
-        "import signal, gymnasium\n"
+        "import os, signal, gymnasium\n"
         "from gymnasium.envs.classic_control import CartPoleEnv\n"
         "class Slow(CartPoleEnv):\n"
         "    def step(self, action):\n"
+        "        arrived, wakeup = os.pipe()\n"  # a signal leaves a byte, also one that comes before the read
+        "        os.set_blocking(wakeup, False)\n"
+        "        signal.set_wakeup_fd(wakeup)\n"
         "        while True:\n"
         "            print('waiting', flush=True)\n"
-        "            signal.pause()\n"
+        "            os.read(arrived, 1)\n"
         "gymnasium.register('Slow-v0', entry_point=Slow)\n",
         encoding="utf-8",
     )
