@@ -72,6 +72,17 @@ def test_advantages_and_targets_have_a_lambda_each(value_lambda: float) -> None:
     torch.testing.assert_close(batch.advantage, standardize(by_hand(0.3)[0].flatten()), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("gamma", "value_lambda"), [(0.0, 0.5), (0.75, 0.75), (0.99, 0.95), (0.9999, 0.995), (1.0, 1.0)]
+)
+def test_left_alone_the_lambda_of_targets_follows_the_discount(gamma: float, value_lambda: float) -> None:
+    rollout = make_rollout()
+    followed, given = (
+        make_agent(gamma=gamma, value_lambda=v).prepare(rollout, progress=0.0)[1] for v in (None, value_lambda)
+    )
+    torch.testing.assert_close(followed, given, rtol=0, atol=1e-12)  # 1 − ½√(1 − γ) is computed
+
+
 def test_advantages_are_estimated_with_the_average_of_the_fits() -> None:
     agent, rollout = make_agent(value={"ema_decay": 0.5}), make_rollout()
     fits = []
@@ -85,13 +96,13 @@ def test_advantages_are_estimated_with_the_average_of_the_fits() -> None:
     assert not torch.equal(fits[0], fits[1])
 
 
-def test_the_discount_moves_with_progress_and_the_scale_of_rewards_does_not() -> None:
-    agent, rollout = make_agent(gamma={"start": 0.5, "end": 0.9}), make_rollout()
-    for progress, gamma in [(0.0, 0.5), (0.25, 0.6), (1.0, 0.9)]:
+def test_the_discount_moves_with_progress_and_neither_the_scale_of_rewards_nor_the_lambda_of_targets_does() -> None:
+    agent, rollout = make_agent(gamma={"start": 0.75, "end": 0.95}), make_rollout()
+    for progress, gamma in [(0.0, 0.75), (0.25, 0.8), (1.0, 0.95)]:
         _, target, _ = agent.prepare(rollout, progress=progress)
-        _, expected, _ = make_agent(gamma=gamma).prepare(rollout, progress=0.0)
-        torch.testing.assert_close(target, expected, rtol=0, atol=1e-12)  # 0.6 is computed, with its rounding
-    assert agent.reward_scaler.gamma == 0.5
+        _, expected, _ = make_agent(gamma=gamma, value_lambda=0.75).prepare(rollout, progress=0.0)
+        torch.testing.assert_close(target, expected, rtol=0, atol=1e-12)  # 0.8 is computed, with its rounding
+    assert agent.reward_scaler.gamma == 0.75
 
 
 def test_lambda_moves_with_progress() -> None:

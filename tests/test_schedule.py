@@ -10,7 +10,7 @@ import torch
 
 from trpo.config import Schedule
 from trpo.random_streams import STREAMS, stream_seed, torch_generator
-from trpo.schedule import value_at
+from trpo.schedule import cooldown, value_at
 
 LINEAR = Schedule(start=0.02, end=0.005, shape="linear")
 COSINE = Schedule(start=0.02, end=0.005, shape="cosine")
@@ -42,6 +42,14 @@ def test_a_number_does_not_move(progress: float) -> None:
 )
 def test_schedules_pass_through_these_points(schedule: Schedule, progress: float, expected: float) -> None:
     assert value_at(schedule, progress) == pytest.approx(expected, rel=1e-12)  # a handful of float64 operations
+
+
+@pytest.mark.parametrize(
+    ("share", "progress", "expected"),
+    [(0.2, 0.0, 1), (0.2, 0.8, 1), (0.2, 0.9, 0.55), (0.2, 1.0, 0.1), (1.0, 0.5, 0.55), (0.0, 0.5, 1), (0.0, 1.0, 1)],
+)
+def test_a_cooldown_passes_through_these_points(share: float, progress: float, expected: float) -> None:
+    assert cooldown(share, progress) == pytest.approx(expected, rel=1e-12)  # a handful of float64 operations
 
 
 def test_streams_members_and_seeds_are_all_distinct() -> None:

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from trpo.advantages import gae, standardize
+from trpo.advantages import gae, standardize, target_lambda
 from trpo.batch import Batch, Rollout
 from trpo.config import Config, LearnedStdConfig
 from trpo.distributed import Group
@@ -21,7 +21,7 @@ from trpo.natural_gradient import StepReport, trust_region_step
 from trpo.normalizer import RewardScaler
 from trpo.policy import GivenStdHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
-from trpo.schedule import value_at
+from trpo.schedule import cooldown, value_at
 from trpo.timers import PhaseTimers
 from trpo.value import AdamFit, AverageValue, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
 
@@ -75,6 +75,8 @@ class Agent:
             clip=config.normalize.clip_rewards,
             enabled=config.normalize.rewards,
         ).to(device)
+        given = config.gae.value_lambda
+        self.value_lambda = target_lambda(value_at(config.gae.gamma, 0.0)) if given is None else given
         self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
         self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
         self.value_fit = self._value_fit()
@@ -138,7 +140,7 @@ class Agent:
         """δ of the joint KL."""
         settings = self.config.natural_gradient
         dimensions = self.policy.distribution.action_dim if settings.max_kl_per_dimension else 1
-        return dimensions * value_at(settings.max_kl, progress)
+        return dimensions * value_at(settings.max_kl, progress) * cooldown(settings.cooldown, progress)
 
     def set_std(self, progress: float) -> None:
         """Before a rollout: gives a σ that is not learned its value at the `progress` of the update to come."""
@@ -174,7 +176,7 @@ class Agent:
             valid=valid,
         )
         advantage, _ = estimate(lambda_=value_at(settings.lambda_, progress))
-        _, target = estimate(lambda_=settings.value_lambda)
+        _, target = estimate(lambda_=self.value_lambda)
         keep = valid.flatten().nonzero().squeeze(-1)
         obs, action, advantage, target, value = (
             x.flatten(0, 1)[keep] for x in (obs, rollout.action.to(self.device), advantage, target, value)

@@ -24,7 +24,7 @@ class Settings(BaseModel):
 
 
 class Schedule(Settings):
-    """A value that moves with training progress p = environment steps / total_steps ∈ [0, 1]."""
+    """A value that moves with training progress p = environment steps / total_steps ∈ [0, 1]: `schedule.value_at`."""
 
     start: float = Field(gt=0, description="Value at the first update.")
     end: float = Field(gt=0, description="Value at the last update.")
@@ -189,11 +189,10 @@ class GaeConfig(Settings):
         alias="lambda",
         description="λ of the advantages, constant or scheduled: 0 is one-step TD, 1 Monte Carlo.",
     )
-    value_lambda: float = Field(
-        0.95,
-        ge=0,
-        le=1,
-        description="λ of the value targets; higher than that of the advantages, which need less noise.",
+    value_lambda: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="λ of the value targets; null: 1 − ½√(1 − γ) with the γ of the first update, so that they look the "
+        "farther ahead the farther γ does.",
     )
 
 
@@ -208,6 +207,13 @@ class NaturalGradientConfig(Settings):
     max_kl: Scheduled = Field(
         Schedule(start=0.0067, end=0.0034),
         description="Bound δ on the mean KL(π_old ‖ π_new), nats, constant or scheduled.",
+    )
+    cooldown: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of the run, at its end, over which the bound falls on, in a straight line, to a tenth of "
+        "`max_kl`: the last policy is the one that counts, and short steps take less of their noise into it.",
     )
     max_kl_per_dimension: bool = Field(
         True,

@@ -19,3 +19,14 @@ def value_at(setting: float | Schedule, progress: float) -> float:
     if setting.shape == "geometric":
         return float(setting.start ** (1 - progress) * setting.end**progress)
     return setting.end + 0.5 * (setting.start - setting.end) * (1 + math.cos(math.pi * progress))
+
+
+def cooldown(share: float, progress: float) -> float:
+    """1 until the last `share` of a run, from there in a straight line to 0.1 at its end (cf. Hägele et al. 2024).
+
+    Args:
+        share: in [0, 1]; 0: always 1.
+        progress: p ∈ [0, 1].
+    """
+    left = 1 - progress
+    return 1.0 if left >= share else 0.1 + 0.9 * left / share
