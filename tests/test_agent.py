@@ -127,3 +127,11 @@ def test_the_bound_is_that_of_one_action_dimension_or_of_all_together(per_dimens
     step = agent.update(make_rollout(), progress=0.0, timers=PhaseTimers()).step
     assert step.max_kl == bound
     assert step.accepted and 0.5 * bound < step.kl <= bound  # the search shrinks by 0.8 and met no obstacle
+
+
+def test_the_bound_cools_down_at_the_end() -> None:
+    settings = {"max_kl": {"start": 0.004, "end": 0.002}, "cooldown": 0.5, "max_kl_per_dimension": False}
+    agent = make_agent(natural_gradient=settings)
+    for progress, bound in [(0.0, 0.004), (0.5, 0.003), (0.75, 0.0025 * 0.55), (1.0, 0.0002)]:
+        step = agent.update(make_rollout(), progress=progress, timers=PhaseTimers()).step
+        assert step.max_kl == pytest.approx(bound, rel=1e-12)
