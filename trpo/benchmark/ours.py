@@ -166,6 +166,8 @@ def _config(task: str, setup: dict[str, Any], *, batch: int = BATCH, hidden: int
             "gae": {"gamma": GAMMA, "lambda": LAMBDA},
             "natural_gradient": {
                 "max_kl": MAX_KL,
+                "max_kl_per_dimension": False,
+                "cooldown": 0.0,
                 "damping": DAMPING,
                 "cg_iterations": CG_ITERATIONS,
                 "cg_tolerance": 0.0,  # all iterations, as everyone here
