@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
 from torch import distributions as td
 
 from trpo.batch import Batch
 from trpo.config import NaturalGradientConfig
-from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution
+from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, Ordinal
 from trpo.networks import MLP
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, GivenStdHead, Policy
@@ -21,11 +23,14 @@ OBS_DIM = 3
 
 FAMILIES: dict[str, Distribution] = {
     "gaussian": DiagonalGaussian(2),
+    "ordinal": Ordinal(spaces.Box(np.array([-1.0, 0.5]), np.array([2.0, 2.0]), dtype=np.float64), 4),
     "categorical": Categorical([4]),
     "multi_categorical": Categorical([2, 5, 3]),
     "bernoulli": Bernoulli(3),
 }
-DISCRETE = ("categorical", "multi_categorical", "bernoulli")
+INDEXED = ("categorical", "multi_categorical", "bernoulli")  # whose actions are 0-based indices
+DISCRETE = ("ordinal", *INDEXED)
+ORDINAL_VALUES = (torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=F64), torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=F64))
 # Every way η can depend on θ: each family, and the Gaussian with σ as a free vector, as a network output, or given.
 POLICIES = ("gaussian", "gaussian_state_std", "gaussian_given_std", *DISCRETE)
 
@@ -122,6 +127,10 @@ def torch_components(distribution: Distribution, eta: Tensor) -> list[td.Distrib
     if isinstance(distribution, DiagonalGaussian):
         mean, log_std = eta.chunk(2, -1)
         return [td.Normal(mean[..., i], log_std[..., i].exp()) for i in range(distribution.action_dim)]
+    if isinstance(distribution, Ordinal):
+        parts = eta.split(distribution.bins - 1, -1)
+        zero = torch.zeros_like(parts[0][..., :1])
+        return [td.Categorical(logits=torch.cat([zero, part.cumsum(-1)], -1)) for part in parts]
     if isinstance(distribution, Categorical):
         return [td.Categorical(logits=part) for part in eta.split(distribution.sizes, -1)]
     return [td.Bernoulli(logits=eta[..., i]) for i in range(distribution.action_dim)]
@@ -129,6 +138,8 @@ def torch_components(distribution: Distribution, eta: Tensor) -> list[td.Distrib
 
 def torch_log_prob(distribution: Distribution, eta: Tensor, action: Tensor) -> Tensor:
     parts = torch_components(distribution, eta)
+    if isinstance(distribution, Ordinal):
+        action = torch.stack([(action[..., i, None] - v).abs().argmin(-1) for i, v in enumerate(ORDINAL_VALUES)], -1)
     return sum(part.log_prob(action[..., i].to(_value_dtype(part, eta))) for i, part in enumerate(parts))
 
 
@@ -143,6 +154,8 @@ def torch_entropy(distribution: Distribution, eta: Tensor) -> Tensor:
 
 def all_actions(distribution: Distribution) -> Tensor:
     """Every joint action [M, A] of a discrete family."""
+    if isinstance(distribution, Ordinal):
+        return torch.cartesian_prod(*ORDINAL_VALUES)
     sizes = distribution.sizes if isinstance(distribution, Categorical) else [2] * distribution.action_dim
     return torch.tensor(list(itertools.product(*(range(n) for n in sizes))))
 

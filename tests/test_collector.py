@@ -127,9 +127,9 @@ def test_actions_are_the_policys_for_the_stored_observations_and_what_the_enviro
         assert torch.equal(env.actions[t], rollout.action[t])
 
 
-def test_the_noise_of_a_gaussian_policy_is_colored_and_no_others() -> None:
-    gaussian, categorical = make_policy(), make_policy("categorical")
-    for policy, exponent in ((gaussian, 1.0), (categorical, 0.0)):
+def test_noise_is_colored_where_neighbours_mean_something() -> None:
+    for kind, exponent in (("gaussian", 1.0), ("ordinal", 1.0), ("categorical", 0.0)):
+        policy = make_policy(kind)
         source = collector(CounterEnvs(3), policy=policy, noise_exponent=1.0)
         source.collect()
         white = policy.distribution.noise(8, 3, like=policy.theta.vector, generator=seeded(11))
@@ -192,7 +192,7 @@ def test_replay_error_counts_discrete_actions_that_changed() -> None:
     assert source.replay_error(rollout) == pytest.approx(1 / 24, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "categorical", "bernoulli"])
+@pytest.mark.parametrize("kind", ["gaussian", "ordinal", "categorical", "bernoulli"])
 def test_data_do_not_depend_on_how_environments_are_shared_out(kind: str) -> None:
     whole = collector(CounterEnvs(5), policy=make_policy(kind))
     parts = [

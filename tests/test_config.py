@@ -110,7 +110,7 @@ def test_overrides_reach_into_a_schedule_and_free_arguments() -> None:
 
 # Errors: each with its exact line and key path.
 
-SECTION = "hidden_sizes, activation, std, noise_exponent, mean_head_scale"
+SECTION = "hidden_sizes, activation, bins, std, noise_exponent, mean_head_scale"
 NO_ALIAS = "anchors (&) and aliases (*) are not allowed; write the value out"
 DISCOUNT = "a number in [0, 1] or a mapping {start, end, shape}"
 TEXT_ERRORS = {
@@ -226,6 +226,10 @@ TEXT_ERRORS = {
         "3: policy.std.initial: must lie strictly between min 0.1 and max 0.5, not 0.6",
     ),
     "std bounds crossed": ("policy: {std: {min: 30}}", "2: policy.std.min: must be below max 20.0, not 30.0"),
+    "std of a Gaussian for bins": (
+        "policy:\n  bins: 11\n  std: {initial: 0.6, min: 0.05}",
+        "3: policy.bins: must be null where policy.std gives more than initial: the rest is a Gaussian's",
+    ),
     "std both scheduled and learned": (
         "policy:\n  std:\n    start: 0.3\n    end: 0.1\n    min: 0.2",
         "6: policy.std.min: belongs to another way to give it: keep one",

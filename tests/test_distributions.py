@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
@@ -11,6 +12,7 @@ from helpers import (
     DISCRETE,
     F64,
     FAMILIES,
+    INDEXED,
     all_actions,
     randn,
     seeded,
@@ -20,7 +22,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, distribution_for
+from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, Ordinal, distribution_for
 from trpo.errors import EnvError
 
 BATCH = 6
@@ -150,7 +152,7 @@ def test_noise_comes_from_the_given_generator_alone(family: Distribution) -> Non
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", DISCRETE)
+@pytest.mark.parametrize("name", INDEXED)
 def test_mode_is_the_most_probable_of_all_actions(name: str) -> None:
     family = FAMILIES[name]
     actions = all_actions(family)
@@ -161,6 +163,47 @@ def test_mode_is_the_most_probable_of_all_actions(name: str) -> None:
 
 def test_gaussian_mode_is_the_mean() -> None:
     assert torch.equal(DiagonalGaussian(2).mode(torch.tensor([[1.0, 2.0, 3.0, 4.0]])), torch.tensor([[1.0, 2.0]]))
+
+
+def test_the_action_of_an_ordinal_policy_without_noise_is_the_mean() -> None:
+    family = FAMILIES["ordinal"]
+    eta, actions = randn(family.param_dim), all_actions(family)
+    p = torch_log_prob(family, eta.expand(len(actions), -1), actions).exp()
+    torch.testing.assert_close(family.mode(eta), p @ actions, **ROUNDING)
+
+
+def test_ordinal_samples_rise_with_their_noise() -> None:
+    # What makes coloured noise mean something: neighbouring noise gives neighbouring actions.
+    family = Ordinal(spaces.Box(-2, 2, (1,), np.float64), 5)
+    eta = torch.zeros(101, 4, dtype=F64)
+    noise = torch.linspace(-3, 3, 101, dtype=F64)[:, None]
+    drawn = family.sample(eta, noise)
+    assert (drawn.diff(dim=0) >= 0).all() and sorted(set(drawn.flatten().tolist())) == [-2, -1, 0, 1, 2]
+    # Equal probabilities: by hand, the value changes where Φ(noise) passes 0.2, 0.4, 0.6 and 0.8.
+    edges = torch.tensor([-0.8416, -0.2533, 0.2533, 0.8416], dtype=F64)
+    assert torch.equal(drawn, (noise > edges).sum(-1, keepdim=True) - 2.0)
+
+
+def test_an_ordinal_policy_can_start_as_a_gaussian() -> None:
+    family = Ordinal(spaces.Box(np.array([-2.0, 0.0]), np.array([2.0, 1.0]), dtype=np.float64), 101)
+    mean, drawn = family.mode(family.normal(0.1)), draw(family, family.normal(0.1).expand(SAMPLES, -1))
+    torch.testing.assert_close(mean, torch.tensor([0.0, 0.5], dtype=F64), **ROUNDING)
+    # Four standard errors, which exceed what cut tails (5σ) and bins (0.4σ and less) change.
+    assert ((drawn.std(0) - 0.1).abs() <= 4 * 0.1 / math.sqrt(2 * SAMPLES)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bounds", [(-0.4, 0.4), (-3.0, 3.0), (0.1, 0.7), (1000.0, 1001.0)])
+@pytest.mark.parametrize("bins", [2, 11, 51])
+def test_an_ordinal_action_is_told_from_its_neighbours(
+    bins: int, bounds: tuple[float, float], dtype: torch.dtype
+) -> None:
+    family = Ordinal(spaces.Box(*bounds, (1,), np.float32), bins)
+    # Each value in turn has all the probability: the action drawn must be found to have it.
+    eta = torch.where(torch.arange(bins)[:, None] > torch.arange(bins - 1), 50.0, -50.0).to(dtype)
+    action = draw(family, eta)
+    assert len(action.unique()) == bins
+    assert (family.log_prob(eta, action).abs() < 1e-6).all()  # of e^-50; rounding of a sum of logits below 2500
 
 
 @pytest.mark.parametrize("name", DISCRETE)
@@ -202,11 +245,12 @@ def test_a_saturated_coin_keeps_its_small_kl() -> None:
 
 
 def test_actions_have_the_type_their_space_needs() -> None:
-    for name in DISCRETE:
+    for name in INDEXED:
         family = FAMILIES[name]
         assert draw(family, randn(2, family.param_dim)).dtype is torch.int64
         assert family.mode(randn(2, family.param_dim)).dtype is torch.int64
     assert draw(DiagonalGaussian(1), randn(2, 2, dtype=torch.float32)).dtype is torch.float32
+    assert draw(FAMILIES["ordinal"], randn(2, 6, dtype=torch.float32)).dtype is torch.float32
 
 
 @pytest.mark.parametrize(
@@ -222,6 +266,16 @@ def test_each_action_space_has_its_family(space: spaces.Space, kind: type, actio
     family = distribution_for(space)
     assert isinstance(family, kind)
     assert (family.action_dim, family.param_dim) == (action_dim, param_dim)
+
+
+def test_bins_make_a_bounded_box_ordinal_and_leave_other_spaces_alone() -> None:
+    family = distribution_for(spaces.Box(-1, 1, (2, 3)), bins=5)
+    assert isinstance(family, Ordinal)
+    assert (family.action_dim, family.param_dim) == (6, 24)
+    assert isinstance(
+        distribution_for(spaces.Box(np.float32([-1, -1]), np.float32([1, np.inf])), bins=5), DiagonalGaussian
+    )
+    assert isinstance(distribution_for(spaces.Discrete(3), bins=5), Categorical)
 
 
 def test_an_unsupported_action_space_is_named() -> None:

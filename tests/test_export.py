@@ -22,6 +22,7 @@ from trpo.saved_policy import SavedPolicy
 OBS_DIM = 6
 SPACES: dict[str, spaces.Space[Any]] = {
     "box": spaces.Box(np.float32([[-0.5, -np.inf], [-0.2, 0.1]]), np.float32([[0.5, 0.3], [np.inf, 0.4]])),
+    "box_bounded": spaces.Box(np.float32([-0.5, 0.1]), np.float32([0.5, 0.4])),
     "box_int": spaces.Box(-2, 3, (3,), np.int32),
     "discrete": spaces.Discrete(4, start=-2),
     "multi_discrete": spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[1, 0], [-3, 7]]),
@@ -30,6 +31,7 @@ SPACES: dict[str, spaces.Space[Any]] = {
 
 
 def saved(path: Path, space: str = "discrete", **changes: Any) -> SavedPolicy:
+    changes = {"policy": {"hidden_sizes": (8, 8), "bins": 11}} | changes  # ordinal where bounded
     return saved_policy(path / "policy", config_for(**changes), OBS_DIM, SPACES[space])
 
 
@@ -55,7 +57,7 @@ def test_the_model_acts_as_the_policy_for_any_number_of_observations(space, tmp_
 def test_bounds_of_a_float64_space_hold_for_a_float32_network(tmp_path):
     """0.1 and 0.3 are no float32 numbers: clipping in float32 would leave the space."""
     space = spaces.Box(np.array([0.1, -1.0]), np.array([0.3, 1.0]), dtype=np.float64)
-    changes: dict[str, Any] = {"hidden_sizes": (), "std": {"state_dependent": True}}
+    changes: dict[str, Any] = {"bins": None, "hidden_sizes": (), "std": {"state_dependent": True}}
     policy = saved_policy(tmp_path / "policy", config_for(policy=changes), OBS_DIM, space)
     export_onnx(policy, tmp_path / "policy.onnx")
     obs = np.random.default_rng(0).normal(0.5, 10.0, (50, OBS_DIM)).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
@@ -148,9 +149,19 @@ def config(**policy: object) -> Config:
     ],
 )
 def test_build_policy_fits_its_spaces(space: spaces.Space, param_dim: int) -> None:
+    check_size(config(), space, param_dim)
+
+
+def test_build_policy_gives_bins_to_bounded_actions_alone() -> None:
+    check_size(config(bins=11), spaces.Box(-1, 1, (2,)), 20)
+    check_size(config(bins=11), spaces.Box(-np.inf, np.inf, (2,)), 4)
+    check_size(config(bins=11), spaces.Discrete(4), 4)
+
+
+def check_size(settings: Config, space: spaces.Space, param_dim: int) -> None:
     observations = spaces.Box(-1, 1, (OBS_DIM,))
     built = [
-        build_policy(config(), observations, space, generator=seeded(), device=torch.device("cpu")) for _ in range(2)
+        build_policy(settings, observations, space, generator=seeded(), device=torch.device("cpu")) for _ in range(2)
     ]
     eta = built[0](randn(5, OBS_DIM))
     assert eta.shape == (5, param_dim) and eta.dtype is F64
@@ -160,7 +171,7 @@ def test_build_policy_fits_its_spaces(space: spaces.Space, param_dim: int) -> No
 @pytest.mark.parametrize("state_dependent", [False, True])
 def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> None:
     policy = build_policy(
-        config(std={"state_dependent": state_dependent, "initial": 0.5, "min": 0.1, "max": 3.0}),
+        config(bins=None, std={"state_dependent": state_dependent, "initial": 0.5, "min": 0.1, "max": 3.0}),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),
@@ -175,9 +186,24 @@ def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> No
     assert isinstance(network, GaussianHead) and (network.low, network.high) == (math.log(0.1), math.log(3.0))
 
 
+def test_an_ordinal_policy_starts_near_a_gaussian_of_the_initial_std() -> None:
+    policy = build_policy(
+        config(std={"initial": 0.3}, bins=21),
+        spaces.Box(-1, 1, (OBS_DIM,)),
+        spaces.Box(np.float32([-1.0, 0.0]), np.float32([1.0, 2.0])),
+        generator=seeded(),
+        device=torch.device("cpu"),
+    )
+    obs = randn(2000, OBS_DIM)
+    action = policy.sample(obs, policy.distribution.noise(len(obs), like=obs, generator=seeded(1)))
+    # As for a Gaussian, each of 20 differences of logits moves by 0.08 at most: the mean by a few hundredths.
+    assert ((policy.mode(obs) - torch.tensor([0.0, 1.0], dtype=F64)).abs() <= 0.1).all()
+    assert ((action.std(0) - 0.3).abs() < 0.03).all()  # four standard errors of 2000 are 0.02
+
+
 def test_a_given_std_is_what_it_is_set_to_and_no_parameter() -> None:
     policy = build_policy(
-        config(std={"start": 0.5, "end": 0.1}),
+        config(bins=None, std={"start": 0.5, "end": 0.1}),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),

@@ -34,6 +34,7 @@ SPACES: dict[str, spaces.Space[Any]] = {
 
 
 def saved(path: Path, space: str, **changes: Any) -> SavedPolicy:
+    changes = {"policy": {"hidden_sizes": (8, 8), "bins": 11}} | changes  # ordinal where bounded
     return saved_policy(path / "policy", config_for(dtype="float64", **changes), OBS_DIM, SPACES[space])
 
 
@@ -55,8 +56,13 @@ def by_hand(policy: SavedPolicy, obs: np.ndarray) -> np.ndarray:
 
 
 def native_by_hand(eta: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
-    """Parameters [N, K] → the most likely actions as the environment takes them."""
+    """Parameters [N, K] → the actions without noise as the environment takes them."""
     n = len(eta)
+    if isinstance(space, spaces.Box) and space.is_bounded("both"):
+        logits = np.cumsum(np.pad(eta.reshape(n, *space.shape, -1), [(0, 0)] * (1 + len(space.shape)) + [(1, 0)]), -1)
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        values = np.linspace(space.low, space.high, p.shape[-1], axis=-1)
+        return ((p * values).sum(-1) / p.sum(-1)).clip(space.low, space.high).astype(space.dtype)
     if isinstance(space, spaces.Box):
         return np.clip(eta.reshape(n, *space.shape), space.low, space.high).astype(space.dtype)
     if isinstance(space, spaces.Discrete):
@@ -118,7 +124,9 @@ def test_samples_repeat_with_the_generator_and_vary_without(space, tmp_path):
 def test_samples_of_a_box_are_mean_plus_std_times_noise_clipped(tmp_path):
     bounds = 0.01, 2.0
     policy = saved(
-        tmp_path, "box", policy={"hidden_sizes": [8, 8], "std": dict(zip(("min", "max"), bounds, strict=True))}
+        tmp_path,
+        "box",
+        policy={"bins": None, "hidden_sizes": [8, 8], "std": dict(zip(("min", "max"), bounds, strict=True))},
     )
     obs = observations()
     raw = load_state(policy.path)["policy"]["network.raw_log_std"].numpy()
@@ -131,7 +139,7 @@ def test_samples_of_a_box_are_mean_plus_std_times_noise_clipped(tmp_path):
 
 
 def test_without_normalisation_observations_go_in_as_they_are(tmp_path):
-    policy = saved(tmp_path, "box_float64", normalize={"observations": False})
+    policy = saved(tmp_path, "box_float64", normalize={"observations": False}, policy={"bins": None})
     obs = observations() / 10
     state = load_state(policy.path)["policy"]
     assert state["normalizer.moments.count"] == 0

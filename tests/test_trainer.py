@@ -38,7 +38,7 @@ def test_actions_get_noise_of_the_color_that_the_settings_name(tmp_path: Path) -
 
 def test_a_given_std_acts_from_its_first_value_to_its_last(tmp_path: Path) -> None:
     acted = []
-    with closing(trainer(tmp_path, std={"start": 0.5, "end": 0.1})) as source:
+    with closing(trainer(tmp_path, bins=None, std={"start": 0.5, "end": 0.1})) as source:
         collect = source.collector.collect
 
         def observed() -> Any:

@@ -124,6 +124,11 @@ def _std_kind(value: object) -> str:
 class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
+    bins: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Values, evenly spaced between its bounds, that a component of a Box action takes: an ordinal "
+        "policy. Without finite bounds, or with null, the policy is Gaussian.",
+    )
     std: Annotated[
         Annotated[float, Field(gt=0), Tag("number")]
         | Annotated[Schedule, Tag("schedule")]
@@ -131,15 +136,26 @@ class PolicyConfig(Settings):
         Discriminator(_std_kind),
     ] = Field(
         LearnedStdConfig(),
-        description="Standard deviation σ of the Gaussian policy: given, constant or scheduled, or learned.",
+        description="Standard deviation σ of a Gaussian policy: given, constant or scheduled, or learned. Of an "
+        "ordinal one only `initial` counts.",
     )
     noise_exponent: float = Field(
         0.5,
         ge=0,
         le=2,
-        description="β of the spectrum 1/f^β of the Gaussian noise of actions over a rollout: 0 is white, 1 pink.",
+        description="β of the spectrum 1/f^β of the noise of Box actions over a rollout: 0 is white, 1 pink.",
     )
     mean_head_scale: float = Field(0.01, gt=0, description="Gain of the orthogonal initialisation of the last layer.")
+
+    @model_validator(mode="after")
+    def _bins_have_no_std(self) -> Self:
+        std = self.std
+        if self.bins is not None and not (
+            isinstance(std, LearnedStdConfig) and std == LearnedStdConfig(initial=std.initial)
+        ):
+            problem = "must be null where policy.std gives more than initial: the rest is a Gaussian's"
+            raise _contradiction("bins", problem, against="std")
+        return self
 
 
 class AdamFitConfig(Settings):
@@ -220,7 +236,12 @@ class NaturalGradientConfig(Settings):
         description="Times the number of action dimensions, whose KLs the joint KL sums; off: `max_kl` bounds the "
         "joint KL itself.",
     )
-    damping: float = Field(1.0, ge=0, description="λ in (F + λI)x = g.")
+    damping: float = Field(1.0, ge=0, description="λ in (F + λI)x = g; the least, if `effective_dimension` moves it.")
+    effective_dimension: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="λ is raised until the effective dimension tr F(F + λI)⁻¹ is this share of the batch size: a step "
+        "in more directions than that follows noise. null: λ stays as it is.",
+    )
     cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")
     cg_tolerance: float = Field(1e-8, ge=0, lt=1, description="Stop when ‖residual‖ ≤ tolerance · ‖g‖.")
     preconditioner: Literal["kronecker"] | None = Field(

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from trpo.config import Config, LearnedStdConfig
-from trpo.distributions import DiagonalGaussian, Distribution, distribution_for
+from trpo.distributions import DiagonalGaussian, Distribution, Ordinal, distribution_for
 from trpo.networks import MLP, AutogradLinearization, Factors, Linearization
 from trpo.normalizer import ObservationNormalizer
 from trpo.parameters import FlatParameters
@@ -58,7 +58,7 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def mode(self, obs: Tensor) -> Tensor:
-        """Raw observations [N, D] → the most likely actions [N, A], in the policy's encoding."""
+        """Raw observations [N, D] → the actions without noise [N, A], in the policy's encoding."""
         return self.distribution.mode(self.network(self.normalizer(obs)))
 
     def std(self) -> float:
@@ -233,7 +233,7 @@ def build_policy(
 ) -> Policy:
     """The policy of a config for flat observations [D] and any supported action space, freshly initialised."""
     settings, dtype = config.policy, getattr(torch, config.dtype)
-    distribution = distribution_for(action_space)
+    distribution = distribution_for(action_space, bins=settings.bins)
     obs_dim = observation_space.shape[0]
     std = settings.std if isinstance(distribution, DiagonalGaussian) else None
     from_state = std is None or (isinstance(std, LearnedStdConfig) and std.state_dependent)
@@ -244,6 +244,9 @@ def build_policy(
         generator=generator,
     )
     network: nn.Module = mlp
+    if isinstance(distribution, Ordinal) and isinstance(settings.std, LearnedStdConfig):
+        with torch.no_grad():
+            mlp.linears[-1].bias.copy_(distribution.normal(settings.std.initial))
     if isinstance(std, LearnedStdConfig):
         bounds = (std.min, std.max)
         network = GaussianHead(mlp, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)

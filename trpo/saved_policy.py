@@ -204,7 +204,7 @@ def _restore(state: dict[str, Any], directory: Path, device: torch.device) -> Sa
 
 def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], tensors: dict[str, Tensor]) -> None:
     """Refuses settings that describe larger layers than are stored, before memory is taken for them."""
-    distribution = distribution_for(action_space)
+    distribution = distribution_for(action_space, bins=config.policy.bins)
     outputs = distribution.action_dim if isinstance(distribution, DiagonalGaussian) else distribution.param_dim
     described = sum(rows * columns for rows, columns in pairwise([obs_dim, *config.policy.hidden_sizes, outputs]))
     stored = sum(tensor.numel() for tensor in tensors.values())

@@ -1,0 +1,90 @@
+"""How many directions a step follows, and how many a batch can tell from noise: d(λ) = tr F(F + λI)⁻¹ task by task.
+
+    python benchmarks/effective_dimension.py [--task swimmer --task humanoid …] [--updates 50]
+
+Trains each task for some updates with an ordinal policy and a damping that follows d(λ), collects one batch more and
+estimates d(λ) for several λ (`trpo/natural_gradient/damping.py`); beside it λ as training had it by then. Writes
+benchmarks/effective_dimension.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trpo import Trainer, load_config
+from trpo.natural_gradient import effective_dimension
+
+HERE = Path(__file__).parent
+TASKS = ("swimmer", "hopper", "walker2d", "half_cheetah", "ant", "humanoid")
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+CG_ITERATIONS = 60  # of the estimate: enough for the smallest λ
+PROBES = 4
+SETTINGS = (
+    "policy.bins=11",
+    "natural_gradient.damping=0.1",
+    "natural_gradient.effective_dimension=0.33",
+    "evaluation.every_steps=0",
+)
+
+
+def measure(task: str, updates: int) -> dict[str, Any]:
+    config = load_config(HERE.parent / "configs" / f"{task}.yaml", SETTINGS)
+    with tempfile.TemporaryDirectory() as root:
+        trainer = Trainer(config, root=root, console=False)
+        trainer.train(max_updates=updates)
+        trainer = Trainer(config, root=root, resume=trainer.run.path, console=False)
+        agent = trainer.agent
+        batch, _, _ = agent.prepare(trainer.collector.collect()[0], progress=trainer.progress)
+        generator = torch.Generator().manual_seed(0)
+
+        def dimension(damping: float) -> float:
+            probes = [
+                effective_dimension(
+                    agent.policy, batch, damping=damping, cg_iterations=CG_ITERATIONS, generator=generator
+                )
+                for _ in range(PROBES)
+            ]
+            return sum(probes) / PROBES
+
+        result = {
+            "batch": len(batch.obs),
+            "parameters": len(agent.policy.theta.vector),
+            "action_dimensions": agent.policy.distribution.action_dim,
+            "chosen": agent.damping.value,
+            "dimension": {str(damping): dimension(damping) for damping in DAMPINGS},
+        }
+        trainer.close()
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", action="append", help="repeatable; default: six of MuJoCo's")
+    parser.add_argument("--updates", type=int, default=50)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {task: measure(task, args.updates) for task in args.task or TASKS}
+    (HERE / "effective_dimension.json").write_text(json.dumps(results, indent=1) + "\n")
+    lines = [
+        f"Made by `python benchmarks/effective_dimension.py --updates {args.updates}`.",
+        "",
+        "| Task | Actions | Parameters | " + " | ".join(f"d(λ = {d:g})" for d in DAMPINGS) + " | λ in training |",
+        "|---" * (len(DAMPINGS) + 4) + "|",
+    ]
+    for task, r in results.items():
+        cells = [f"{r['dimension'][str(d)]:,.0f}" for d in DAMPINGS]
+        lines.append(
+            f"| {task} | {r['action_dimensions']} | {r['parameters']:,} | {' | '.join(cells)} | {r['chosen']:.2f} |"
+        )
+    (HERE / "effective_dimension.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
