@@ -83,6 +83,18 @@ def test_a_run_of_other_settings_does_not_count_as_finished(tmp_path: Path) -> N
     assert job.finished and not other.finished
 
 
+def test_results_of_other_settings_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    jobs = plan(["tiny"], 2, configs=tmp_path, out=tmp_path / "out", root=tmp_path / "runs")
+    jobs[0].result.parent.mkdir(parents=True)
+    for job in jobs:
+        job.result.write_text(json.dumps({"fingerprint": "another"}))
+    with pytest.raises(UserError, match=r"seed-0.json and 1 more hold results of other settings; give another --out"):
+        run(jobs, parallel=1, episodes=1)
+    assert not (tmp_path / "runs").exists()
+    assert all(json.loads(job.result.read_text()) == {"fingerprint": "another"} for job in jobs)
+
+
 def test_no_results_is_said_in_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results"):
         load_results(tmp_path)

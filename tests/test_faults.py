@@ -445,6 +445,15 @@ def test_a_prolonged_run_is_not_taken_for_finished_because_the_shorter_one_was(
     assert [row["env_steps"] for row in table(run, EVALUATIONS_FILE)] == ["192", "384", "576"]
 
 
+def test_a_run_is_not_cut_shorter_than_it_is(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    run = train(config(), tmp_path, max_updates=3).directory
+    before = (run / "config.yaml").read_bytes()
+    outcome = run_script("train.py", "--resume", run, "--set", "total_steps=192", capture=capsys, patch=monkeypatch)
+    assert outcome.status == 2 and "total_steps 192: the run has taken 288 already" in one_line(outcome.err)
+    assert (run / "config.yaml").read_bytes() == before
+    assert resume(run).evaluation is not None
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

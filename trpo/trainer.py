@@ -139,6 +139,8 @@ class Trainer:
             if found is None:
                 raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
             changed = self._load_state(found[1], found[0])
+            if self.updates > self.config.updates:
+                raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
         if self.group.leads:
             if resume and self.updates == self.config.updates and not self._is_finished():
                 # It was cut short amid its last evaluation, which is about to be written again.

@@ -112,8 +112,15 @@ def plan(
 
 
 def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str], None] = print) -> list[str]:
-    """Trains what is not finished, `parallel` runs at a time, one thread each; returns what failed, in words."""
+    """Trains what is not finished, `parallel` runs at a time, one thread each; returns what failed, in words.
+
+    Raises:
+        UserError: results of other settings lie where these would go; nothing is trained.
+    """
     todo = [job for job in jobs if not job.finished]
+    if others := [job.result for job in todo if job.result.exists()]:
+        more = f" and {len(others) - 1} more hold results" if len(others) > 1 else " holds the result"
+        raise UserError(f"{others[0]}{more} of other settings; give another --out, or delete them first")
     say(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished before, {len(todo)} to do, {parallel} at a time")
     failures = []
     with ThreadPoolExecutor(parallel) as pool:
