@@ -36,6 +36,14 @@ def test_actions_get_noise_of_the_color_that_the_settings_name(tmp_path: Path) -
     assert torch.equal(noise[1], ColoredNoise(32, 1.0, like=noise[0])(noise[0]))
 
 
+def test_a_closed_trainer_does_not_train_on(tmp_path: Path) -> None:
+    source = trainer(tmp_path)
+    source.train(max_updates=1)
+    with pytest.raises(RuntimeError, match=r"this trainer is closed; go on with Trainer\(config, resume="):
+        source.train(max_updates=1)
+    assert source.updates == 1
+
+
 def test_a_given_std_acts_from_its_first_value_to_its_last(tmp_path: Path) -> None:
     acted = []
     with closing(trainer(tmp_path, bins=None, std={"start": 0.5, "end": 0.1})) as source:

@@ -84,6 +84,7 @@ class Trainer:
         self.failed_saves_in_a_row = 0
         self.recent = RecentEpisodes()
         self.env = env
+        self._closed = False
         self.writer: MetricsWriter | None = None
         self._lock: RunLock | None = None
         self.group = join_group(self.device)
@@ -159,7 +160,9 @@ class Trainer:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
-        """Trains to the end (or for `max_updates` more updates), then saves and evaluates the last policy.
+        """Trains to the end (or for `max_updates` more updates), then saves, evaluates the last policy and closes.
+
+        Once only: to go on, make another trainer with `resume`.
 
         SIGTERM, SIGINT and SIGUSR1 finish the update under way, save a checkpoint and return; a second SIGINT
         interrupts at once.
@@ -168,6 +171,8 @@ class Trainer:
             TrainingError: numerics or saving failed too often in a row.
             EnvError: an environment failed.
         """
+        if self._closed:
+            raise RuntimeError(f"this trainer is closed; go on with Trainer(config, resume={str(self.run.path)!r})")
         last = self.config.updates if max_updates is None else min(self.config.updates, self.updates + max_updates)
         try:
             if self._is_finished():
@@ -348,6 +353,7 @@ class Trainer:
 
     def close(self) -> None:
         """Frees environments, files and the process group; may be called twice."""
+        self._closed = True
         if self.env is not None:
             self.env.close()
         if self.writer is not None:

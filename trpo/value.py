@@ -110,11 +110,15 @@ class AdamFit:
         self.learning_rate = learning_rate
         self.all_sum = all_sum
         self._adam = Adam(value.theta.vector)
-        self._linearizations: dict[int, MlpLinearization] = {}  # work space by minibatch size; there are two at most
+        self._linearizations: dict[
+            int, MlpLinearization
+        ] = {}  # work space of one fit by minibatch size; there are two at most
 
     @torch.inference_mode()  # less to do per operation than `no_grad`, which counts where the operations are this small
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
         learning_rate = self.learning_rate(progress)
+        if len(self._linearizations) > 2:  # batches vary in size where rows are resets, and each has sizes of its own
+            self._linearizations.clear()
         before = mean_squared_error(value, obs, target, self.all_sum)
         theta, moments = value.theta.vector.clone(), self._adam.state_dict()
         steps = 0
