@@ -273,7 +273,7 @@ def test_the_run_would_notice_a_policy_that_moved(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Collector, "collect", collect_and_move)
     pendulum = {"env": {"id": "Pendulum-v1", "num_envs": 2, "backend": "gymnasium"}}
     with pytest.raises(RuntimeError, match="the policy moved between rollout and update"):
-        Trainer(tiny_config(**pendulum, policy={"bins": None}), root=tmp_path, console=False).train()
+        Trainer(tiny_config(**pendulum), root=tmp_path, console=False).train()
 
 
 def test_a_backend_that_resets_in_the_next_step_trains_on_transitions_alone(tmp_path: Path) -> None:

@@ -304,9 +304,9 @@ class TestSettings:
         assert given == [CPU]
 
 
-def policy_for(envs: Any, env_id: str, device: torch.device = CPU, **policy: Any) -> Policy:
+def policy_for(envs: Any, env_id: str, device: torch.device = CPU) -> Policy:
     spaces = envs.single_observation_space, envs.single_action_space
-    return build_policy(config_for(env_id, policy=policy), *spaces, generator=seeded(), device=device)
+    return build_policy(config_for(env_id), *spaces, generator=seeded(), device=device)
 
 
 class TestNoWaitingForTheDevice:
@@ -338,7 +338,7 @@ class TestNotFinite:
 
     def test_an_action_is_named(self) -> None:
         envs = make("Pendulum-v1")
-        policy = policy_for(envs, "Pendulum-v1", bins=None)
+        policy = policy_for(envs, "Pendulum-v1")
         policy.theta.assign_(policy.theta.vector * math.nan)
         collector = Collector(envs, policy, 4, generator=seeded())
         with pytest.raises(EnvError, match="environment 0, step 0 of the rollout: the action is not finite"):

@@ -244,7 +244,8 @@ def build_policy(
         generator=generator,
     )
     network: nn.Module = mlp
-    if isinstance(distribution, Ordinal) and isinstance(settings.std, LearnedStdConfig):
+    if isinstance(distribution, Ordinal):
+        assert isinstance(settings.std, LearnedStdConfig)  # the config allows no other beside bins
         with torch.no_grad():
             mlp.linears[-1].bias.copy_(distribution.normal(settings.std.initial))
     if isinstance(std, LearnedStdConfig):

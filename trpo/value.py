@@ -15,7 +15,7 @@ from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
 from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
 from trpo.networks import MLP, MlpLinearization
 from trpo.parameters import FlatParameters
-from trpo.reduction import AllSum, one_process
+from trpo.reduction import AllSum, one_process, total_count
 
 
 class ValueFunction(nn.Module):
@@ -110,9 +110,7 @@ class AdamFit:
         self.learning_rate = learning_rate
         self.all_sum = all_sum
         self._adam = Adam(value.theta.vector)
-        self._linearizations: dict[
-            int, MlpLinearization
-        ] = {}  # work space of one fit by minibatch size; there are two at most
+        self._linearizations: dict[int, MlpLinearization] = {}  # work space by minibatch size; a fit has two at most
 
     @torch.inference_mode()  # less to do per operation than `no_grad`, which counts where the operations are this small
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
@@ -123,7 +121,7 @@ class AdamFit:
         theta, moments = value.theta.vector.clone(), self._adam.state_dict()
         steps = 0
         # Counted over all processes, so that each takes the same number of steps whatever its share.
-        total = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
+        total = total_count(len(obs), self.all_sum)
         batches = max(1, int(total) // self.settings.minibatch_size)
         sizes = torch.tensor([len(rows) for rows in target.tensor_split(batches)], dtype=torch.float64)
         counts = self.all_sum(sizes).tolist()
@@ -207,7 +205,7 @@ class GaussNewtonFit:
 
     @torch.no_grad()
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
-        count = float(self.all_sum(torch.tensor(float(len(obs)), dtype=torch.float64)))
+        count = total_count(len(obs), self.all_sum)
         before = loss = mean_squared_error(value, obs, target, self.all_sum)
         for step in range(1, self.settings.iterations + 1):
             new = self._step(value, obs, target, loss, count)

@@ -22,7 +22,7 @@ from trpo.config import NaturalGradientConfig
 from trpo.natural_gradient.conjugate_gradient import conjugate_gradient
 from trpo.natural_gradient.fisher import fisher_product
 from trpo.natural_gradient.step import PolicyModel
-from trpo.reduction import AllSum, one_process
+from trpo.reduction import AllSum, one_process, total_count
 
 EVERY = 10  # updates between two looks at d(λ), each of which costs as much as the CG of a step
 
@@ -53,7 +53,7 @@ def effective_dimension(
         generator: draws the signs; on the CPU.
     """
     linearization = policy.linearize(batch.obs)
-    count = float(all_sum(torch.tensor(float(len(batch.obs)), dtype=torch.float64)))
+    count = total_count(len(batch.obs), all_sum)
     signs = torch.randint(2, (len(batch.obs), 1), generator=generator).to(batch.obs) * 2 - 1
     score = policy.distribution.score(linearization.output, batch.action)
     noise = all_sum(linearization.vjp(score * signs)).div_(count)
@@ -87,7 +87,7 @@ class Damping:
         if settings.effective_dimension is None:
             return
         if self.updates % EVERY == 0:
-            count = float(all_sum(torch.tensor(float(len(batch.obs)), dtype=torch.float64)))
+            count = total_count(len(batch.obs), all_sum)
             dimension = effective_dimension(
                 policy,
                 batch,

@@ -32,7 +32,7 @@ from trpo.natural_gradient.kronecker import HasFactors, KroneckerPreconditioner
 from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
 from trpo.networks import Linearization
 from trpo.parameters import FlatParameters
-from trpo.reduction import AllSum, one_process
+from trpo.reduction import AllSum, one_process, total_count
 
 
 class PolicyModel(Protocol):
@@ -127,7 +127,7 @@ def trust_region_step(
     dist = policy.distribution
     linearization = policy.linearize(batch.obs)
     eta_old = linearization.output
-    count = float(all_sum(torch.tensor(float(len(batch.obs)), dtype=torch.float64)))
+    count = total_count(len(batch.obs), all_sum)
 
     # At θ_old the ratio is 1, so ∇_η (ratio · A) is the score times A and the gradient is one vector-Jacobian product.
     gradient = linearization.vjp(dist.score(eta_old, batch.action) * batch.advantage.unsqueeze(-1))
@@ -206,7 +206,7 @@ def _curvature(
         keep = max(1, round(settings.fisher_subsample * total))
         rows = torch.randperm(total, generator=generator)[:keep].to(batch.obs.device)
         linearization = policy.linearize(batch.obs[rows])
-        count = float(all_sum(torch.tensor(float(len(rows)), dtype=torch.float64)))
+        count = total_count(len(rows), all_sum)
     product = fisher_product(linearization, dist, count=count, all_sum=all_sum)
     if settings.preconditioner is None:
         return product, None
