@@ -11,7 +11,7 @@ from pathlib import Path
 from trpo.benchmark import AGENTS, SUITES, plan, run, write_tables
 from trpo.benchmark.side_by_side import side_by_side
 from trpo.benchmark.speed import PARTS, QUICK, TASKS, Extent, run_speed
-from trpo.errors import CommandParser, UserError, run_command
+from trpo.errors import CommandParser, UserError, at_least, run_command
 
 
 def main() -> int:
@@ -28,6 +28,8 @@ def _learn(args: argparse.Namespace, command: str) -> int:
     configs, root = Path(args.configs), Path(args.root)
     jobs = plan(tasks, args.seeds, configs=configs, out=out, root=root, overrides=args.set, agent=args.agent)
     failures = run(jobs, parallel=args.jobs, episodes=args.episodes)
+    if len(failures) == len(jobs):
+        return 1
     print(write_tables(out, command=command))
     if args.agent != "trpo":
         table = side_by_side(Path(args.beside), out, agent=args.agent)
@@ -62,17 +64,23 @@ def _parse() -> argparse.Namespace:
     )
     learn.add_argument("--suite", choices=sorted(SUITES))
     learn.add_argument("--task", action="append", metavar="NAME", help="a config by name; may be repeated")
-    learn.add_argument("--seeds", type=int, default=5, help="seeds 0 … N−1 (default: 5)")
-    learn.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
-    learn.add_argument("--episodes", type=int, default=100, help="episodes of each last policy (default: 100)")
+    learn.add_argument("--seeds", type=at_least(1), default=5, help="seeds 0 … N−1 (default: 5)")
+    learn.add_argument(
+        "--jobs", type=at_least(1), default=os.cpu_count(), help="runs at a time (default: one per core)"
+    )
+    learn.add_argument("--episodes", type=at_least(1), default=20, help="episodes of each last policy (default: 20)")
     learn.add_argument("--out", metavar="DIR", help="results and tables (default: benchmarks/learning[-AGENT])")
     learn.add_argument("--root", default="runs/benchmark", metavar="DIR", help="run directories")
     learn.add_argument("--configs", default="configs", metavar="DIR")
     learn.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     speed = commands.add_parser("speed", help="times of update and training beside other implementations")
-    speed.add_argument("--rounds", type=int, default=Extent.rounds, help="of all measurements (default: %(default)s)")
-    speed.add_argument("--steps", type=int, default=Extent.steps, help="of each training (default: %(default)s)")
-    speed.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
+    speed.add_argument(
+        "--rounds", type=at_least(1), default=Extent.rounds, help="of all measurements (default: %(default)s)"
+    )
+    speed.add_argument(
+        "--steps", type=at_least(1), default=Extent.steps, help="of each training (default: %(default)s)"
+    )
+    speed.add_argument("--threads", type=at_least(1), default=1, help="of each process (default: 1)")
     speed.add_argument("--tasks", nargs="+", default=TASKS, metavar="ID", help="Gymnasium ids to train on")
     speed.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: all)")
     speed.add_argument("--quick", action="store_true", help="one small round: whether it works, not how fast it is")

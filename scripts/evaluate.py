@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from trpo.config import EnvConfig
-from trpo.device import resolve_device
-from trpo.errors import CommandParser, run_command
+from trpo.errors import CommandParser, at_least, run_command
 from trpo.evaluation import Evaluation, evaluate
 from trpo.saved_policy import SavedPolicy, load_policy
 
 
 def main() -> None:
     args = _parse()
-    saved = load_policy(args.policy, device=str(resolve_device(args.device)))
+    saved = load_policy(args.policy, device=args.device)
     env = EnvConfig(id=args.env) if args.env else saved.environment(trust_code=args.trust_code)
     result = evaluate(
         saved.policy,
@@ -38,8 +36,8 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = CommandParser(description="Evaluate a policy: mean, std and median return over whole episodes.")
     parser.add_argument("policy", type=Path, metavar="RUN_OR_POLICY", help="a run's directory, or a saved policy")
-    parser.add_argument("--episodes", type=_at_least(1), default=20, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the first episode, then N+1, …")
+    parser.add_argument("--episodes", type=at_least(1), default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the first episode, then N+1, …")
     parser.add_argument("--stochastic", action="store_true", help="sample actions instead of leaving the noise out")
     parser.add_argument("--video", type=Path, metavar="FILE", help="write the first episode to an mp4 file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -49,15 +47,6 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or auto (default: %(default)s)")
     return parser.parse_args()
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) < 2**32:
-            raise argparse.ArgumentTypeError(f"give a whole number of at least {least}, not {text!r}")
-        return int(text)
-
-    return integer
 
 
 def _report(saved: SavedPolicy, env: EnvConfig, result: Evaluation, args: argparse.Namespace) -> dict[str, object]:

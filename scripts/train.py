@@ -10,6 +10,7 @@ from trpo.config import Config
 from trpo.config_file import load_config
 from trpo.errors import CommandParser, UserError, run_command
 from trpo.run_directory import config_difference, find_run
+from trpo.saved_policy import named_code
 from trpo.trainer import Trainer
 
 
@@ -20,7 +21,8 @@ def main() -> int:
     result = trainer.train()
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")
-        print(f"saved in {result.directory}; evaluate it with: python scripts/evaluate.py {result.directory}")
+        trust = " --trust-code" if named_code(config.env) else ""
+        print(f"saved in {result.directory}; evaluate it with: python scripts/evaluate.py {result.directory}{trust}")
     return result.exit_status
 
 

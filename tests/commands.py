@@ -34,6 +34,7 @@ def run_script(name: str, *args: object, capture: pytest.CaptureFixture[str], pa
     """`python scripts/<name> args…`, in this process: saves the seconds that imports take."""
     capture.readouterr()
     patch.setattr(sys, "argv", [name, *map(str, args)])
+    patch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(PROJECT / "scripts" / name), run_name="__main__")
     out, err = capture.readouterr()

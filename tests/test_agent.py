@@ -13,6 +13,7 @@ from trpo.agent import Agent
 from trpo.batch import Rollout
 from trpo.config import Config
 from trpo.distributed import join_group
+from trpo.errors import EnvError
 from trpo.timers import PhaseTimers
 
 CPU = torch.device("cpu")
@@ -70,6 +71,15 @@ def test_advantages_and_targets_have_a_lambda_each(value_lambda: float) -> None:
     assert torch.equal(target, by_hand(value_lambda)[1].flatten())
     assert torch.equal(value, now)
     torch.testing.assert_close(batch.advantage, standardize(by_hand(0.3)[0].flatten()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_rollout_of_resets_alone_is_refused() -> None:
+    agent, rollout = make_agent(), make_rollout()
+    theta = agent.policy.theta.vector.clone()
+    rollout.valid.fill_(False)
+    with pytest.raises(EnvError, match="a whole rollout was resets, without one transition"):
+        agent.update(rollout, progress=0.0, timers=PhaseTimers())
+    assert torch.equal(agent.policy.theta.vector, theta)
 
 
 @pytest.mark.parametrize(

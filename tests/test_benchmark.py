@@ -95,6 +95,16 @@ def test_results_of_other_settings_are_not_overwritten(tmp_path: Path) -> None:
     assert all(json.loads(job.result.read_text()) == {"fingerprint": "another"} for job in jobs)
 
 
+def test_results_over_another_number_of_episodes_are_not_taken_for_finished(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (job,) = plan(["tiny"], 1, configs=tmp_path, out=tmp_path / "out", root=tmp_path / "runs")
+    job.result.parent.mkdir(parents=True)
+    job.result.write_text(json.dumps({"fingerprint": job.fingerprint, "returns": [1.0] * 3}))
+    with pytest.raises(UserError, match=r"seed-0.json holds 3 episodes; give --episodes 3"):
+        run([job], parallel=1, episodes=2)
+    assert run([job], parallel=1, episodes=3) == []
+
+
 def test_no_results_is_said_in_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results"):
         load_results(tmp_path)

@@ -230,6 +230,10 @@ TEXT_ERRORS = {
         "policy:\n  bins: 11\n  std: {initial: 0.6, min: 0.05}",
         "3: policy.bins: must be null where policy.std gives more than initial: the rest is a Gaussian's",
     ),
+    "a preconditioner without damping": (
+        "natural_gradient:\n  preconditioner: kronecker\n  damping: 0",
+        "4: natural_gradient.damping: must be above 0 with a preconditioner, whose factors may be singular",
+    ),
     "std both scheduled and learned": (
         "policy:\n  std:\n    start: 0.3\n    end: 0.1\n    min: 0.2",
         "6: policy.std.min: belongs to another way to give it: keep one",

@@ -80,6 +80,16 @@ def scenario(group: Group, share: slice) -> Arrays:
     return {name: np.asarray(x.detach().clone() if isinstance(x, Tensor) else x) for name, x in out.items()}
 
 
+def minibatch_fit(size: int, value: ValueFunction, group: Group) -> AdamFit:
+    return AdamFit(
+        AdamFitConfig(epochs=2, minibatch_size=size),
+        value,
+        generator=seeded(3 + group.rank),
+        learning_rate=lambda progress: 0.01,
+        all_sum=group.all_sum,
+    )
+
+
 FITS: dict[str, Callable[[ValueFunction, Group], GaussNewtonFit | AdamFit]] = {
     "gauss_newton": lambda value, group: GaussNewtonFit(
         GaussNewtonFitConfig(iterations=2, cg_iterations=50), all_sum=group.all_sum
@@ -93,13 +103,9 @@ FITS: dict[str, Callable[[ValueFunction, Group], GaussNewtonFit | AdamFit]] = {
         all_sum=group.all_sum,
     ),
     # Minibatches: the ranks' shares are of different sizes, their numbers of steps must not be.
-    "adam_minibatches": lambda value, group: AdamFit(
-        AdamFitConfig(epochs=2, minibatch_size=8),
-        value,
-        generator=seeded(3 + group.rank),
-        learning_rate=lambda progress: 0.01,
-        all_sum=group.all_sum,
-    ),
+    "adam_minibatches": lambda value, group: minibatch_fit(8, value, group),
+    # As many minibatches as samples: some have none on one rank, some on neither.
+    "adam_single_samples": lambda value, group: minibatch_fit(1, value, group),
 }
 
 
@@ -227,6 +233,11 @@ def test_minibatches_of_unequal_shares_keep_the_ranks_together(ranks: list[Array
     # Other minibatches, so another path, but to the same end: within a tenth of the loss.
     loss = float(same_on_both(ranks, "adam_minibatches_loss"))
     assert loss == pytest.approx(float(single["adam_minibatches_loss"]), rel=0.1)
+
+
+def test_minibatches_without_a_sample_are_no_step(ranks: list[Arrays]) -> None:
+    same_on_both(ranks, "adam_single_samples")
+    assert np.isfinite(same_on_both(ranks, "adam_single_samples_loss"))
 
 
 def test_advantages_are_standardised_over_both_processes(ranks: list[Arrays], single: Arrays) -> None:

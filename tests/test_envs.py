@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs import make_envs, make_single_env
 from trpo.envs.shard import EnvShard
+from trpo.envs.single import success_of
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError
@@ -176,6 +177,11 @@ class TestActions:
         with pytest.raises(EnvError, match=f"acts in a {type(space).__name__} space; supported are"):
             ActionEncoding.of(space)
 
+    @pytest.mark.parametrize("space", [Box(0, 1, (0,)), Box(0, 1, (2, 0))])
+    def test_spaces_without_a_component_are_refused(self, space: Any) -> None:
+        with pytest.raises(EnvError, match="which has no component: there is nothing to learn"):
+            ActionEncoding.of(space)
+
 
 class TestObservations:
     @pytest.mark.parametrize(
@@ -204,6 +210,11 @@ class TestObservations:
     )
     def test_spaces_without_a_vector_are_refused_at_once(self, space: Any) -> None:
         with pytest.raises(EnvError, match="has no fixed-size vector"):
+            make_envs(tiny("Observing", observation_space=space), [0])
+
+    @pytest.mark.parametrize("space", [Box(0, 1, (0,)), Dict()])
+    def test_spaces_without_a_component_are_refused(self, space: Any) -> None:
+        with pytest.raises(EnvError, match="has no component: give the policy something to observe"):
             make_envs(tiny("Observing", observation_space=space), [0])
 
 
@@ -498,6 +509,17 @@ class TestVectorEnvAdapter:
         envs.reset()
         success = [envs.step(torch.zeros(2, 1, dtype=torch.int64)).success.tolist() for _ in range(3)]
         assert np.array_equal(success, [[np.nan] * 2, [1.0, np.nan], [np.nan, 1.0]], equal_nan=True)
+
+    @pytest.mark.parametrize(
+        ("given", "success"), [(True, 1.0), (np.float32(0.5), 0.5), (np.array([1]), 1.0), (None, np.nan)]
+    )
+    def test_success_is_a_number_or_none(self, given: Any, success: float) -> None:
+        assert np.array_equal(success_of({"is_success": given}), success, equal_nan=True)
+
+    @pytest.mark.parametrize("given", ["yes", np.ones(2), {}])
+    def test_success_of_another_kind_is_named(self, given: Any) -> None:
+        with pytest.raises(EnvError, match=r"info\['is_success'\] is .*: report True, False or a number"):
+            success_of({"is_success": given})
 
     def test_dict_observations_and_start_offset(self) -> None:
         space = Dict(b=Box(-1, 1, (2,)), a=Discrete(3))

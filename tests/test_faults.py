@@ -727,7 +727,8 @@ def test_numbers_that_break_down_cost_their_update_and_are_named(
 @pytest.mark.parametrize("where", NUMERICS)
 def test_too_many_broken_updates_in_a_row_end_the_run(where: str, tmp_path: Path, monkeypatch: Patch) -> None:
     method, spoil, reason = NUMERICS[where]
-    settings = config("Pendulum-v1", natural_gradient={"abort_after": 2}, evaluation={"every_steps": 0})
+    quiet: dict[str, Any] = {"evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}}
+    settings = config("Pendulum-v1", natural_gradient={"abort_after": 2}, **quiet)
     run = train(settings, tmp_path, max_updates=1).directory
     original = getattr(DiagonalGaussian, method)
     with monkeypatch.context() as patch:
@@ -736,6 +737,7 @@ def test_too_many_broken_updates_in_a_row_end_the_run(where: str, tmp_path: Path
         with pytest.raises(TrainingError, match=message):
             resume(run)
     assert_finite(last_state(run))
+    assert last_state(run)["counters"]["updates"] == 3
     assert resume(run).evaluation is not None
 
 

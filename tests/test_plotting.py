@@ -202,6 +202,15 @@ def test_a_run_without_values_is_left_out_unless_it_is_the_only_one(tmp_path: Pa
         plot_runs([empty], tmp_path / "curves.svg")
 
 
+def test_a_run_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged, whole = make_run(tmp_path / "damaged"), make_run(tmp_path / "whole", seed=1)
+    (damaged / "config.yaml").write_text("env: {")
+    plot_runs([damaged, whole], tmp_path / "curves.svg")
+    assert "left out a run" in caplog.text and "damaged" in caplog.text
+    with pytest.raises(UserError, match="damaged"):
+        plot_runs([damaged], tmp_path / "other.svg")
+
+
 @pytest.mark.parametrize("name", ["curves.xyz", "missing/curves.png"])
 def test_an_image_that_cannot_be_written_is_one_clear_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"cannot write .*{name}"):

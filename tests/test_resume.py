@@ -15,8 +15,9 @@ from commands import command, config_for, one_line, run_process, run_script
 from trpo.checkpoint import load_state, newest_checkpoint
 from trpo.config import Config
 from trpo.config_file import load_config
-from trpo.errors import CheckpointError
+from trpo.errors import CheckpointError, EnvError, UserError
 from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
+from trpo.saved_policy import load_policy
 from trpo.trainer import RunResult, Trainer
 
 UPDATES = 4
@@ -212,6 +213,38 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert result.env_steps == UPDATES * 96 and result.evaluation is None
     assert [table(run, name) for name in (PROGRESS_FILE, EVALUATIONS_FILE)] == before[0]
     assert differences(load_state(run / "final"), before[1]) == []
+
+
+def test_a_run_keeps_its_batch_size(tmp_path):
+    """Updates are what schedules and the end of a run are counted in."""
+    run = train(config(), tmp_path, max_updates=1).directory
+    with pytest.raises(UserError, match="batch_size cannot change within a run"):
+        Trainer(config(batch_size=48), resume=run, console=False)
+
+
+def test_a_prolonged_run_has_no_final_policy_until_its_new_end(tmp_path):
+    run = train(config(), tmp_path).directory
+    old = load_policy(run).info["env_steps"]
+    Trainer(config(total_steps=96 * (UPDATES + 2)), resume=run, console=False).train(max_updates=1)
+    assert not (run / "final").exists()
+    assert load_policy(run / "final-1").info["env_steps"] == old
+    assert load_policy(run).path == run / "best"
+    resume(run)
+    assert load_policy(run).info["env_steps"] == old + 2 * 96
+
+
+def test_a_failing_evaluation_costs_no_training(tmp_path, monkeypatch):
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise EnvError("the environment broke")
+
+    settings = config(checkpoint={"every_steps": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr("trpo.trainer.evaluate", broken)
+        with pytest.raises(EnvError, match="broke"):
+            train(settings, tmp_path)
+    (run,) = (tmp_path / "CartPole-v1").iterdir()
+    assert last_state(run)["counters"]["updates"] == 2  # the evaluation of 192 steps was the first
+    assert resume(run).env_steps == UPDATES * 96
 
 
 def test_command_refuses_to_resume_what_is_no_run_in_one_line(tmp_path, capsys, monkeypatch):

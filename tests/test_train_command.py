@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trpo.checkpoint import checkpoint_paths
 from trpo.config_file import load_config
+from trpo.errors import run_command
 from trpo.evaluation import evaluate
 from trpo.random_streams import stream_seed
 from trpo.saved_policy import load_policy
@@ -172,3 +173,28 @@ def test_a_mistake_is_one_line_and_status_2(arguments, problem, tmp_path, capsys
     assert outcome.status == 2 and outcome.out == ""
     assert problem in one_line(outcome.err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_environment_in_the_working_directory_is_found(tmp_path, capsys, monkeypatch):
+    (tmp_path / "task_nearby.py").write_text(
+        "import gymnasium\ngymnasium.register('Nearby-v0', 'gymnasium.envs.classic_control:CartPoleEnv')\n"
+    )
+    (tmp_path / "task.yaml").write_text(TINY.replace("CartPole-v1", "task_nearby:Nearby-v0"))
+    monkeypatch.chdir(tmp_path)
+    outcome = run_script(
+        "train.py", "--config", "task.yaml", "--set", "total_steps=128", capture=capsys, patch=monkeypatch
+    )
+    assert outcome.status == 0, outcome.err
+    last = outcome.out.splitlines()[-1]
+    assert last.endswith("--trust-code")
+    outcome = run_script(*last.split("scripts/")[1].split(), capture=capsys, patch=monkeypatch)
+    assert outcome.status == 0, outcome.err
+
+
+def test_an_interrupted_command_says_so_in_one_line(capsys, monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        run_command(interrupted)
+    assert one_line(capsys.readouterr().err) == "interrupted"

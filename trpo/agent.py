@@ -17,10 +17,12 @@ from trpo.advantages import gae, standardize, target_lambda
 from trpo.batch import Batch, Rollout
 from trpo.config import Config, LearnedStdConfig
 from trpo.distributed import Group
+from trpo.errors import EnvError
 from trpo.natural_gradient import Damping, StepReport, trust_region_step
 from trpo.normalizer import RewardScaler
 from trpo.policy import GivenStdHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
+from trpo.reduction import total_count
 from trpo.schedule import cooldown, value_at
 from trpo.timers import PhaseTimers
 from trpo.value import AdamFit, AverageValue, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
@@ -182,6 +184,10 @@ class Agent:
         advantage, _ = estimate(lambda_=value_at(settings.lambda_, progress))
         _, target = estimate(lambda_=self.value_lambda)
         keep = valid.flatten().nonzero().squeeze(-1)
+        if not total_count(len(keep), self.group.all_sum):
+            raise EnvError(
+                "a whole rollout was resets, without one transition: raise batch_size or mend the environment"
+            )
         obs, action, advantage, target, value = (
             x.flatten(0, 1)[keep] for x in (obs, rollout.action.to(self.device), advantage, target, value)
         )

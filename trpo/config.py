@@ -24,7 +24,7 @@ class Settings(BaseModel):
 
 
 class Schedule(Settings):
-    """A value that moves with training progress p = environment steps / total_steps ∈ [0, 1]: `schedule.value_at`."""
+    """A value that moves from the first update of a run (progress 0) to its last (1): `schedule.value_at`."""
 
     start: float = Field(gt=0, description="Value at the first update.")
     end: float = Field(gt=0, description="Value at the last update.")
@@ -252,6 +252,13 @@ class NaturalGradientConfig(Settings):
         10, ge=1, description="Consecutive updates lost to non-finite values after which training gives up."
     )
     fisher_subsample: float = Field(1.0, gt=0, le=1, description="Share of the batch used for Fisher products only.")
+
+    @model_validator(mode="after")
+    def _preconditioner_is_damped(self) -> Self:
+        if self.preconditioner is not None and self.damping == 0:
+            problem = "must be above 0 with a preconditioner, whose factors may be singular"
+            raise _contradiction("damping", problem, against="preconditioner")
+        return self
 
 
 class EvaluationConfig(Settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import math
 import os
 import statistics
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.envs import make_single_env
+from trpo.envs.single import success_of
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError, UserError
 from trpo.policy import Policy
@@ -157,7 +159,7 @@ def _run(actor: _Actor, episodes: list[_Episode], frames: VideoWriter) -> Evalua
     return Evaluation(
         [episode.total for episode in episodes],
         [episode.length for episode in episodes],
-        [episode.success for episode in episodes if episode.success is not None],
+        [episode.success for episode in episodes if not math.isnan(episode.success)],
     )
 
 
@@ -170,7 +172,7 @@ class _Episode:
         self.total = 0.0
         self.length = 0
         self.over = False
-        self.success: float | None = None
+        self.success = math.nan  # where the environment does not report it
 
     def reset(self) -> Any:
         """First observation [D]."""
@@ -182,8 +184,8 @@ class _Episode:
         self.length += 1
         self.total += float(self._checked("reward", reward))
         self.over = bool(terminated or truncated) or self.length == MAX_EPISODE_STEPS
-        if self.over and "is_success" in info:
-            self.success = float(info["is_success"])
+        if self.over:
+            self.success = success_of(info)
         return self._checked("observation", obs)
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -73,10 +73,13 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
         output: image to write; its suffix (.png, .svg, .pdf) decides the format.
         metric: a column of the tables, such as `eval/mean_reward`.
 
+    A run that cannot be read is left out, with a warning.
+
     Raises:
-        UserError: there is no run, no such column, nothing measured, no matplotlib, or `output` cannot be written.
+        UserError: there is no run, none that can be read or has such a column, nothing measured, no matplotlib, or
+            `output` cannot be written.
     """
-    curves = [read_curve(run, metric) for run in find_runs(directories)]
+    curves = _read_curves(find_runs(directories), metric)
     measured = [curve for curve in curves if curve.values.size]
     if not measured:
         raise UserError(f"nothing to plot: {metric} has no value yet in {curves[0].source}")
@@ -104,6 +107,20 @@ def find_runs(directories: Sequence[Path]) -> list[Path]:
             raise UserError(f"no run in {directory}: a run's directory holds {CONFIG_FILE} and {PROGRESS_FILE}")
         runs.update({run.resolve(): run for run in found})
     return sorted(runs.values())
+
+
+def _read_curves(runs: Sequence[Path], metric: str) -> list[Curve]:
+    curves, problems = [], []
+    for run in runs:
+        try:
+            curves.append(read_curve(run, metric))
+        except UserError as error:
+            problems.append(error)
+    if not curves:
+        raise problems[0]
+    for problem in problems:
+        logger.warning("left out a run: %s", problem)
+    return curves
 
 
 def read_curve(run: Path, metric: str) -> Curve:

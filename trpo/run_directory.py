@@ -117,6 +117,20 @@ class RunDirectory:
         except OSError as error:
             raise RunDirectoryError(f"cannot write {self.config_file}: {error.strerror or error}") from error
 
+    def set_final_aside(self) -> None:
+        """Renames the policy of a run that goes on beyond its end: `final` is always that of the last update.
+
+        Raises:
+            RunDirectoryError: it cannot be renamed.
+        """
+        if not self.final.is_dir():
+            return
+        try:
+            aside = next(path for n in count(1) if not (path := self.path / f"final-{n}").exists())
+            self.final.rename(aside)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot rename {self.final}: {error.strerror or error}") from error
+
     def lock(self) -> RunLock:
         """Makes this process the only one that writes here, until `release`, the end of `with`, or its death.
 

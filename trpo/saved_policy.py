@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trpo.checkpoint import MANIFEST_FILE, load_state, save_state
 from trpo.config import Config, EnvConfig
+from trpo.device import resolve_device
 from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import CheckpointError
@@ -55,7 +56,7 @@ class SavedPolicy:
             CheckpointError: the settings name code, and `trust_code` is off.
         """
         env = self.config.env
-        named = None if trust_code else next(_named_code(env), None)
+        named = None if trust_code else named_code(env)
         if named is not None:
             raise CheckpointError(
                 f"{self.path}: its {named} may make Python import code that the policy names; if you trust its "
@@ -123,13 +124,14 @@ def load_policy(path: str | Path, *, device: str = "cpu") -> SavedPolicy:
 
     Args:
         path: the directory.
-        device: where the policy computes, as torch names it.
+        device: where the policy computes: cpu, cuda, cuda:N or auto.
 
     Raises:
         CheckpointError: nothing there, damaged, or not a policy.
+        UserError: no such device.
     """
     directory = _policy_directory(Path(path))
-    on = torch.empty(0, device=device).device  # a device that does not exist is not the file's fault
+    on = resolve_device(device)  # a device that does not exist is not the file's fault
     state = load_state(directory)
     kind = state.get("kind", "training checkpoint") if isinstance(state, dict) else "something else"
     if kind != KIND:
@@ -212,8 +214,12 @@ def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], 
         raise ValueError(f"its settings describe {described} weights, it holds {stored} numbers")
 
 
-def _named_code(env: EnvConfig) -> Iterator[str]:
-    """The settings that name code, or that an environment could take as the name of some."""
+def named_code(env: EnvConfig) -> str | None:
+    """The first setting that names code, or that an environment could take as the name of some; None without one."""
+    return next(_settings_that_name_code(env), None)
+
+
+def _settings_that_name_code(env: EnvConfig) -> Iterator[str]:
     if ":" in env.id:
         yield f"env.id {env.id!r}"
     if env.wrappers:

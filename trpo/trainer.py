@@ -22,7 +22,7 @@ from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
-from trpo.errors import CheckpointError, TrainingError, UserError
+from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
 from trpo.evaluation import Evaluation, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
@@ -140,6 +140,9 @@ class Trainer:
             if found is None:
                 raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
             changed = self._load_state(found[1], found[0])
+            if any(line.startswith("batch_size:") for line in changed):
+                # Schedules and the end of a run are counted in updates.
+                raise UserError("batch_size cannot change within a run; go on without it, or start a new run")
             if self.updates > self.config.updates:
                 raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
         if self.group.leads:
@@ -153,6 +156,8 @@ class Trainer:
                 console=console,
                 resume_step=self.env_steps if resume else None,
             )
+        if resume and self.group.leads and self.updates < self.config.updates:
+            self.run.set_final_aside()
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
@@ -252,9 +257,10 @@ class Trainer:
         self._say(f"update {self.updates} left the policy unchanged: {step.reason}")
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if step.numerics_failed else 0
         if self.nonfinite_in_a_row >= self.config.natural_gradient.abort_after:
+            self._save_checkpoint()  # none of these updates moved the policy, so that what came before is all there
             raise TrainingError(
-                f"the numerics of {self.nonfinite_in_a_row} updates in a row broke down (last: {step.reason}); the "
-                f"last good checkpoint is in {self.run.path}; try a smaller max_kl or learning rate, or dtype float64"
+                f"the numerics of {self.nonfinite_in_a_row} updates in a row broke down (last: {step.reason}); try a "
+                f"smaller max_kl or learning rate, or dtype float64, with --resume {self.run.path} --set KEY=VALUE"
             )
 
     def _periodic(self, previous_steps: int) -> None:
@@ -272,7 +278,12 @@ class Trainer:
             return None
         started = time.perf_counter()
         seed = stream_seed(self.config.seed, "evaluation")
-        result = evaluate(self.agent.policy, self.config.env, self.action_space, episodes=episodes, seed=seed)
+        try:
+            result = evaluate(self.agent.policy, self.config.env, self.action_space, episodes=episodes, seed=seed)
+        except EnvError:
+            if self.group.size == 1:  # others would not come to a checkpoint of all
+                self._save_checkpoint()
+            raise
         self.elapsed_s += time.perf_counter() - started
         self.writer.write_evaluation(result.metrics(), env_steps=self.env_steps)
         if result.mean > self.best_return:

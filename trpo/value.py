@@ -130,8 +130,9 @@ class AdamFit:
             # Gathered once an epoch: minibatches are then views.
             minibatches = zip(obs[order].tensor_split(batches), target[order, None].tensor_split(batches), strict=True)
             for (x, y), count in zip(minibatches, counts, strict=True):
-                self._step(value, x, y, count, learning_rate)
-                steps += 1
+                if count:  # processes with less than a sample a minibatch all put theirs in the first ones
+                    self._step(value, x, y, count, learning_rate)
+                    steps += 1
         after = mean_squared_error(value, obs, target, self.all_sum)
         if math.isfinite(after):
             return FitReport(before, after, steps, refused=0)

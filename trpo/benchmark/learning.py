@@ -121,6 +121,9 @@ def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str
     if others := [job.result for job in todo if job.result.exists()]:
         more = f" and {len(others) - 1} more hold results" if len(others) > 1 else " holds the result"
         raise UserError(f"{others[0]}{more} of other settings; give another --out, or delete them first")
+    for job in jobs:
+        if job.finished and (had := len(json.loads(job.result.read_text())["returns"])) != episodes:
+            raise UserError(f"{job.result} holds {had} episodes; give --episodes {had}, another --out, or delete it")
     say(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished before, {len(todo)} to do, {parallel} at a time")
     failures = []
     with ThreadPoolExecutor(parallel) as pool:
@@ -157,7 +160,8 @@ def _train_and_score(job: Job, episodes: int) -> str | None:
             check=False,
         ).returncode
     if status != 0:
-        return f"exit status {status}, see {log}"
+        said = log.read_text(errors="replace").strip().splitlines()
+        return f"exit status {status}, see {log}" + (f", which ends: {said[-1]}" if said else "")
     if ours:
         run_path = find_run(job.root, job.config)
         assert run_path is not None, "a finished run has a checkpoint"

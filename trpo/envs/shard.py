@@ -20,7 +20,7 @@ from gymnasium.spaces import Box, Space
 
 from trpo.config import EnvConfig
 from trpo.envs.replay import EpisodeLog, begin, needs_fresh_environment, random_state, replay
-from trpo.envs.single import make_single_env
+from trpo.envs.single import make_single_env, success_of
 from trpo.envs.spaces import ActionEncoding, Array, row_space
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.errors import EnvError
@@ -154,7 +154,7 @@ class EnvShard:
                 truncated = truncated or self._episode_steps[i] >= self._cut_after[i]
                 buffers.terminated[i], buffers.truncated[i] = terminated, truncated
                 if terminated or truncated:
-                    buffers.success[i] = info.get("is_success", np.nan)
+                    buffers.success[i] = success_of(info)
                     self._begin(i)
         except EnvError:
             raise

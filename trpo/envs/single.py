@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.error import DependencyNotInstalled, UnregisteredEnv
 from gymnasium.wrappers import FlattenObservation
 
@@ -31,6 +33,17 @@ def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gym
     ActionEncoding.of(env.action_space, config.id)
     check_observation_space(env.observation_space, config.id)
     return env if is_flat(env.observation_space) else FlattenObservation(env)
+
+
+def success_of(info: dict[str, Any]) -> float:
+    """`is_success` of an episode that ended, 0 to 1; NaN if it reports none."""
+    given = info.get("is_success")
+    if given is None:
+        return math.nan
+    try:
+        return float(np.asarray(given, float).item())
+    except (TypeError, ValueError) as error:
+        raise EnvError(f"info['is_success'] is {given!r}: report True, False or a number") from error
 
 
 def _make(config: EnvConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
-from gymnasium.spaces.utils import flatten, flatten_space
+from gymnasium.spaces.utils import flatdim, flatten, flatten_space
 from gymnasium.vector.utils import iterate
 
 from trpo.errors import EnvError
@@ -26,9 +26,15 @@ def is_flat(space: Space[Any]) -> bool:
 
 def check_observation_space(space: Space[Any], env_id: str) -> None:
     """Raises `EnvError` unless Gymnasium flattens `space` to a vector of fixed length that means something."""
+    _check_parts(space, env_id)
+    if not flatdim(space):
+        raise EnvError(f"{env_id} observes a {space}, which has no component: give the policy something to observe")
+
+
+def _check_parts(space: Space[Any], env_id: str) -> None:
     if isinstance(space, Dict | Tuple):
         for part in space.spaces.values() if isinstance(space, Dict) else space.spaces:
-            check_observation_space(part, env_id)
+            _check_parts(part, env_id)
     elif not isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary):
         raise EnvError(
             f"{env_id} observes a {type(space).__name__} space, which has no fixed-size vector; supported are Box, "
@@ -70,6 +76,8 @@ class ActionEncoding:
     @classmethod
     def of(cls, space: Space[Any], env_id: str = "the environment") -> ActionEncoding:
         """The encoding of `space`; `EnvError` if the space is not supported."""
+        if space.shape and 0 in space.shape:
+            raise EnvError(f"{env_id} acts in {space}, which has no component: there is nothing to learn")
         if isinstance(space, Box):
             return cls(space.shape, np.dtype(space.dtype), space.low.ravel(), space.high.ravel(), None)
         if isinstance(space, Discrete):

@@ -14,6 +14,7 @@ from torch import Tensor
 from trpo.envs.contract import Step
 from trpo.envs.gymnasium import as_step, native_actions
 from trpo.envs.shard import EnvSpaces, StepBuffers
+from trpo.envs.single import success_of
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
 from trpo.errors import EnvError
 
@@ -119,7 +120,8 @@ class VectorEnvAdapter:
             buffers.reset_obs[done] = self._rows(first_obs)[done]
         if "is_success" in last_infos:
             reported = done & np.asarray(last_infos.get("_is_success", True), bool)
-            buffers.success[reported] = np.asarray(last_infos["is_success"])[reported]
+            for i in np.flatnonzero(reported):
+                buffers.success[i] = success_of({"is_success": last_infos["is_success"][i]})
 
     def _write_final(self, infos: dict[str, Any], done: Array) -> None:
         final = infos.get("final_obs")
