@@ -52,7 +52,7 @@ def by_hand(policy: SavedPolicy, obs: np.ndarray) -> np.ndarray:
     for layer in layers:
         h = h @ state[f"{layer}.weight"].T + state[f"{layer}.bias"]
         h = h if layer == layers[-1] else np.tanh(h)
-    return h
+    return (h[:, :, None] + state["network.offset"]).reshape(len(h), -1) if "network.offset" in state else h
 
 
 def native_by_hand(eta: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
