@@ -44,7 +44,7 @@ DEFAULT_ITERATIONS, DEFAULT_DAMPING, DEFAULT_LAMBDA = 15, 1.0, 0.95  # of what i
 
 def trained(task: str, steps: int, overrides: Sequence[str]) -> Trainer:
     """A trainer at the end of a run of `steps`."""
-    settings = [f"total_steps={steps}", "evaluation.every_steps=0", *overrides]
+    settings = [f"total_steps={steps}", "evaluation.every_steps=0", "policy.bins=null", *overrides]
     config = load_config(HERE.parent / "configs" / f"{task}.yaml", settings)
     root = HERE.parent / "runs" / "held_out"
     if find_run(root, config) is None:

@@ -29,7 +29,8 @@ DAMPINGS = (0.1, 0.01)
 
 def trained(task: str, steps: int) -> Trainer:
     """A trainer at the end of a run of `steps`."""
-    config = load_config(HERE.parent / "configs" / f"{task}.yaml", [f"total_steps={steps}", "evaluation.every_steps=0"])
+    settings = [f"total_steps={steps}", "evaluation.every_steps=0", "policy.bins=null"]
+    config = load_config(HERE.parent / "configs" / f"{task}.yaml", settings)
     root = HERE.parent / "runs" / "preconditioner"
     if find_run(root, config) is None:
         Trainer(config, root=root).train()

@@ -13,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from trpo.benchmark import peers
 from trpo.benchmark.floor import matmul_rate, update_flops
+from trpo.benchmark.ours import _config, _Update
 from trpo.benchmark.speed import OURS, SETUPS, TASKS, Child, Extent, plan_speed, run_speed
 from trpo.benchmark.speed_report import best, median_ratio, targets, write_report
+from trpo.benchmark.work import CG_ITERATIONS, MAX_KL, UPDATE_ENVS, UPDATE_TASK
+from trpo.distributions import DiagonalGaussian
 from trpo.networks import MLP
 
 TINY = Extent(rounds=1, repeats=1, steps=64, batches=(2048,), widths=(64,), envs=(16,))
@@ -119,6 +122,14 @@ def test_contenders_take_turns_and_setups_without_envpool_are_left_out() -> None
     plan = list(plan_speed(list(SETUPS), TASKS, ("update", "train"), TINY, envpool=False))
     assert [measurement.contender for measurement in plan[:8]] == 2 * list(SETUPS)
     assert not any("envpool" in measurement.row for measurement in plan)
+
+
+def test_our_work_is_that_of_everyone() -> None:
+    """The bound on the joint KL, a Gaussian policy and all CG iterations, whatever the recipe."""
+    updated = _Update(_config(UPDATE_TASK, {"num_envs": UPDATE_ENVS}))
+    assert isinstance(updated.agent.policy.distribution, DiagonalGaussian)
+    assert all(updated.agent._kl_bound(progress) == MAX_KL for progress in (0.0, 1.0))
+    assert updated.measure(1, variants=False)["cg_iterations"] == CG_ITERATIONS
 
 
 def test_a_failing_measurement_is_one_line_and_the_process_goes_on() -> None:

@@ -158,7 +158,7 @@ def _config(task: str, setup: dict[str, Any], *, batch: int = BATCH, hidden: int
             "batch_size": batch,
             "device": "cpu",
             "threads": torch.get_num_threads(),
-            "policy": {"hidden_sizes": [hidden, hidden]},
+            "policy": {"hidden_sizes": [hidden, hidden], "bins": None},  # Gaussian, as everyone's
             "value": {
                 "hidden_sizes": [hidden, hidden],
                 "adam": {"epochs": CRITIC_EPOCHS, "minibatch_size": MINIBATCH, "learning_rate": LEARNING_RATE},
