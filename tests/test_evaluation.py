@@ -37,6 +37,8 @@ class Task(gymnasium.Env[Any, Any]):
 
     def __init__(self, fault: str | None = None, render_mode: str | None = None) -> None:
         self.fault, self.render_mode = fault, render_mode
+        if fault == "no_modes":
+            self.metadata = {}
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -236,6 +238,7 @@ def test_a_video_does_not_change_the_result(tmp_path):
     [
         ("raise", "out.mp4", "raised ZeroDivisionError"),
         ("no_screen", "out.mp4", r"cannot be rendered here \(OSError: no display\).*libegl1"),
+        ("no_modes", "out.mp4", "EvaluationTask-v0 has no rgb_array among its render modes"),
         (None, "out.gif", "has to end in .mp4"),
         (None, "file/out.mp4", "cannot write"),
     ],

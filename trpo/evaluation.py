@@ -9,6 +9,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -109,6 +110,7 @@ def evaluate(
         raise ValueError(f"episodes has to be at least 1, not {episodes}")
     if video is not None:
         render_headless()
+        _check_renders(env_config)
     returns: list[float] = []
     lengths: list[int] = []
     successes: list[float] = []
@@ -119,6 +121,13 @@ def evaluate(
         lengths += part.lengths
         successes += part.successes
     return Evaluation(returns, lengths, successes)
+
+
+def _check_renders(env_config: EnvConfig) -> None:
+    """Before one is made to be rendered: constructors that know no `render_mode` raise errors of their own."""
+    with closing(make_single_env(env_config)) as env:
+        if "rgb_array" not in (env.metadata.get("render_modes") or ()):
+            raise UserError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
 
 
 def _side_by_side(
@@ -290,7 +299,7 @@ class VideoWriter:
                 "MUJOCO_GL=osmesa"
             ) from error
         if not isinstance(frame, np.ndarray):
-            raise UserError("the environment has no rgb_array rendering; it cannot be recorded")
+            raise UserError(f"the environment rendered a {type(frame).__name__}, not an array; it cannot be recorded")
         try:
             self._writer.append_data(frame)
         except OSError as error:
