@@ -33,6 +33,7 @@ TASKS = {
     "lunar_lander_continuous": "LunarLanderContinuous-v3",
     "mountain_car_continuous": "MountainCarContinuous-v0",
     "pendulum": "Pendulum-v1",
+    "plain_trpo": "Hopper-v5",
     "pusher": "Pusher-v5",
     "reacher": "Reacher-v5",
     "swimmer": "Swimmer-v5",
