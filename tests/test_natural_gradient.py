@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,3 +330,13 @@ def test_a_step_draws_no_random_number_and_leaves_the_batch_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     for before, after in ((kept.obs, batch.obs), (kept.action, batch.action), (kept.advantage, batch.advantage)):
         assert torch.equal(before, after)
+
+
+def test_the_readmes_example_of_a_network_of_ones_own_works(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = (part.split("```")[0] for part in readme.split("```python\n") if "trust_region_step" in part)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(example, {})
+    outcome, kl, gain = capsys.readouterr().out.split()
+    assert outcome == "accepted" and 0 < float(kl) <= 0.01 and float(gain) > 0
