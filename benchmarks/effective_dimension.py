@@ -2,9 +2,8 @@
 
     python benchmarks/effective_dimension.py [--task swimmer --task humanoid …] [--updates 50]
 
-Trains each task for some updates with an ordinal policy and a damping that follows d(λ), collects one batch more and
-estimates d(λ) for several λ (`trpo/natural_gradient/damping.py`); beside it λ as training had it by then. Writes
-benchmarks/effective_dimension.json and .md.
+Trains each task for some updates, collects one batch more and estimates d(λ) for several λ
+(`trpo/natural_gradient/effective_dimension.py`). Writes benchmarks/effective_dimension.json and .md.
 """
 
 from __future__ import annotations
@@ -25,16 +24,10 @@ TASKS = ("swimmer", "hopper", "walker2d", "half_cheetah", "ant", "humanoid")
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 CG_ITERATIONS = 60  # of the estimate: enough for the smallest λ
 PROBES = 4
-SETTINGS = (
-    "policy.bins=11",
-    "natural_gradient.damping=0.1",
-    "natural_gradient.effective_dimension=0.33",
-    "evaluation.every_steps=0",
-)
 
 
 def measure(task: str, updates: int) -> dict[str, Any]:
-    config = load_config(HERE.parent / "configs" / f"{task}.yaml", SETTINGS)
+    config = load_config(HERE.parent / "configs" / f"{task}.yaml", ["evaluation.every_steps=0"])
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(config, root=root, console=False)
         trainer.train(max_updates=updates)
@@ -56,7 +49,6 @@ def measure(task: str, updates: int) -> dict[str, Any]:
             "batch": len(batch.obs),
             "parameters": len(agent.policy.theta.vector),
             "action_dimensions": agent.policy.distribution.action_dim,
-            "chosen": agent.damping.value,
             "dimension": {str(damping): dimension(damping) for damping in DAMPINGS},
         }
         trainer.close()
@@ -74,14 +66,12 @@ def main() -> None:
     lines = [
         f"Made by `python benchmarks/effective_dimension.py --updates {args.updates}`.",
         "",
-        "| Task | Actions | Parameters | " + " | ".join(f"d(λ = {d:g})" for d in DAMPINGS) + " | λ in training |",
-        "|---" * (len(DAMPINGS) + 4) + "|",
+        "| Task | Actions | Parameters | " + " | ".join(f"d(λ = {d:g})" for d in DAMPINGS) + " |",
+        "|---" * (len(DAMPINGS) + 3) + "|",
     ]
     for task, r in results.items():
         cells = [f"{r['dimension'][str(d)]:,.0f}" for d in DAMPINGS]
-        lines.append(
-            f"| {task} | {r['action_dimensions']} | {r['parameters']:,} | {' | '.join(cells)} | {r['chosen']:.2f} |"
-        )
+        lines.append(f"| {task} | {r['action_dimensions']} | {r['parameters']:,} | {' | '.join(cells)} |")
     (HERE / "effective_dimension.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

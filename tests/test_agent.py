@@ -34,7 +34,7 @@ def make_agent(
             "batch_size": STEPS * ENVS,
             "normalize": {"rewards": False},
             "gae": gae_settings,
-            "policy": policy or {},
+            "policy": {"bins": None, **(policy or {})},
             "value": value or {},
             "natural_gradient": natural_gradient or {},
         }
@@ -137,16 +137,6 @@ def test_the_bound_is_that_of_one_action_dimension_or_of_all_together(per_dimens
     step = agent.update(make_rollout(), progress=0.0, timers=PhaseTimers()).step
     assert step.max_kl == bound
     assert step.accepted and 0.5 * bound < step.kl <= bound  # the search shrinks by 0.8 and met no obstacle
-
-
-def test_the_damping_of_a_step_follows_the_effective_dimension() -> None:
-    free, fixed = (make_agent(natural_gradient={"effective_dimension": share}) for share in (0.01, None))
-    report, other = (agent.update(make_rollout(), progress=0.0, timers=PhaseTimers()) for agent in (free, fixed))
-    assert other.damping == 1.0 and report.damping == free.damping.value > 2
-    assert not torch.equal(free.policy.theta.vector, fixed.policy.theta.vector)
-    same = make_agent(natural_gradient={"damping": report.damping, "effective_dimension": None})
-    same.update(make_rollout(), progress=0.0, timers=PhaseTimers())
-    assert torch.equal(same.policy.theta.vector, free.policy.theta.vector)
 
 
 def test_the_bound_cools_down_at_the_end() -> None:

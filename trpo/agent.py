@@ -18,7 +18,7 @@ from trpo.batch import Batch, Rollout
 from trpo.config import Config, LearnedStdConfig
 from trpo.distributed import Group
 from trpo.errors import EnvError
-from trpo.natural_gradient import Damping, StepReport, trust_region_step
+from trpo.natural_gradient import StepReport, trust_region_step
 from trpo.normalizer import RewardScaler
 from trpo.policy import GivenStdHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
@@ -37,7 +37,6 @@ class UpdateReport:
     transitions: int  # environment steps the update learned from, all processes together
     entropy: float  # mean policy entropy after the update, nats
     std: float  # mean σ of a state-independent Gaussian policy after the update, else NaN
-    damping: float  # λ of the step
     explained_variance_before: float  # of the return targets by the average V̄ that estimated them, before the fit
     explained_variance_after: float  # by V, after its fit
     learning_rate: float | None  # of Adam, if V is fitted by it
@@ -83,7 +82,6 @@ class Agent:
         self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
         self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
         self.value_fit = self._value_fit()
-        self.damping = Damping(config.natural_gradient)
 
     def _value_fit(self) -> ValueFit:
         settings = self.config.value
@@ -109,12 +107,11 @@ class Agent:
         with timers("advantages"):
             batch, target, value_before = self.prepare(rollout, progress=progress)
         with timers("policy_update"):
-            self.damping.follow(self.policy, batch, all_sum=all_sum, generator=self.fisher_generator)
             step = trust_region_step(
                 self.policy,
                 batch,
                 max_kl=self._kl_bound(progress),
-                settings=config.natural_gradient.model_copy(update={"damping": self.damping.value}),
+                settings=config.natural_gradient,
                 all_sum=all_sum,
                 generator=self.fisher_generator,
             )
@@ -134,7 +131,6 @@ class Agent:
                 transitions=int(transitions),
                 entropy=entropy_sum / transitions,
                 std=std,
-                damping=self.damping.value,
                 explained_variance_before=explained_variance(value_before, target, all_sum),
                 explained_variance_after=explained_variance(value_after, target, all_sum),
                 learning_rate=value_at(config.value.adam.learning_rate, progress)
@@ -200,7 +196,6 @@ class Agent:
             "value": dict(self.value.state_dict()),
             "value_average": self.average_value.state_dict(),
             "value_fit": self.value_fit.state_dict(),
-            "damping": self.damping.state_dict(),
             "reward_moments": dict(self.reward_scaler.moments.state_dict()),
         }
 
@@ -209,7 +204,6 @@ class Agent:
         self.value.load_state_dict(state["value"])
         self.average_value.load_state_dict(state["value_average"])
         self.value_fit.load_state_dict(state["value_fit"])
-        self.damping.load_state_dict(state["damping"])
         self.reward_scaler.moments.load_state_dict(state["reward_moments"])
 
     def local_state_dict(self) -> dict[str, Any]:

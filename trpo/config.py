@@ -239,12 +239,7 @@ class NaturalGradientConfig(Settings):
         description="Times the number of action dimensions, whose KLs the joint KL sums; off: `max_kl` bounds the "
         "joint KL itself.",
     )
-    damping: float = Field(1.0, ge=0, description="λ in (F + λI)x = g; the least, if `effective_dimension` moves it.")
-    effective_dimension: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="λ is raised until the effective dimension tr F(F + λI)⁻¹ is this share of the batch size: a step "
-        "in more directions than that follows noise. null: λ stays as it is.",
-    )
+    damping: float = Field(1.0, ge=0, description="λ in (F + λI)x = g.")
     cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")
     cg_tolerance: float = Field(1e-8, ge=0, lt=1, description="Stop when ‖residual‖ ≤ tolerance · ‖g‖.")
     preconditioner: Literal["kronecker"] | None = Field(

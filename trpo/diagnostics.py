@@ -66,7 +66,6 @@ def update_metrics(report: UpdateReport) -> dict[str, float | None]:
         "trust_region/cg_iterations": cg.iterations if cg else None,
         "trust_region/cg_residual": cg.relative_residual if cg else None,
         "trust_region/max_ritz_value": float(cg.ritz_values[-1]) if cg and len(cg.ritz_values) else None,
-        "trust_region/damping": report.damping,
         "trust_region/condition": cg.condition if cg else None,
         "trust_region/entropy": report.entropy,
     }

@@ -1,7 +1,7 @@
 """The natural-gradient update, usable on its own: Fisher products, conjugate gradients, line search, the TRPO step."""
 
 from trpo.natural_gradient.conjugate_gradient import CGSolution, CGStatus, conjugate_gradient
-from trpo.natural_gradient.damping import Damping, effective_dimension
+from trpo.natural_gradient.effective_dimension import effective_dimension
 from trpo.natural_gradient.fisher import fisher_product
 from trpo.natural_gradient.kronecker import KroneckerPreconditioner
 from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
@@ -10,7 +10,6 @@ from trpo.natural_gradient.step import Outcome, StepReport, trust_region_step
 __all__ = [
     "CGSolution",
     "CGStatus",
-    "Damping",
     "KroneckerPreconditioner",
     "LineSearchResult",
     "Outcome",
