@@ -16,7 +16,7 @@ from trpo.config import NaturalGradientConfig
 from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, Ordinal
 from trpo.networks import MLP
 from trpo.normalizer import ObservationNormalizer
-from trpo.policy import GaussianHead, GivenStdHead, OrdinalHead, Policy
+from trpo.policy import GaussianHead, GivenStdHead, Policy
 
 F64 = torch.float64
 OBS_DIM = 3
@@ -31,9 +31,8 @@ FAMILIES: dict[str, Distribution] = {
 INDEXED = ("categorical", "multi_categorical", "bernoulli")  # whose actions are 0-based indices
 DISCRETE = ("ordinal", *INDEXED)
 ORDINAL_VALUES = (torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=F64), torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=F64))
-# Every way η can depend on θ: each family, and the Gaussian's σ or the ordinal's shape as a free vector, as a network
-# output, or given.
-POLICIES = ("gaussian", "gaussian_state_std", "gaussian_given_std", "ordinal_state_std", *DISCRETE)
+# Every way η can depend on θ: each family, and the Gaussian with σ as a free vector, as a network output, or given.
+POLICIES = ("gaussian", "gaussian_state_std", "gaussian_given_std", *DISCRETE)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -83,16 +82,12 @@ def make_policy(
 ) -> Policy:
     """A small policy of one of the `POLICIES`; `opaque` makes it use AutogradLinearization."""
     distribution = FAMILIES[kind.removesuffix("_state_std").removesuffix("_given_std")]
-    free = kind in ("gaussian", "gaussian_given_std", "ordinal")
-    out = distribution.action_dim if free else distribution.param_dim
+    gaussian = isinstance(distribution, DiagonalGaussian)
+    out = distribution.param_dim if not gaussian or kind.endswith("_state_std") else distribution.action_dim
     network: nn.Module = make_mlp([OBS_DIM, *hidden, out], activation=activation, seed=seed, dtype=dtype)
     if kind.endswith("_given_std"):
         network = GivenStdHead(network, distribution.action_dim, std=initial_std).to(dtype)
-    elif isinstance(distribution, Ordinal) and free:
-        network = OrdinalHead(network, distribution, initial_std=initial_std).to(dtype)
-        with torch.no_grad():
-            network.offset.add_(0.2 * randn(*network.offset.shape, seed=7))
-    elif isinstance(distribution, DiagonalGaussian):
+    elif gaussian:
         network = GaussianHead(network, distribution.action_dim, initial_std=initial_std, std_bounds=std_bounds)
         network.to(dtype)
         if kind == "gaussian":
@@ -133,9 +128,9 @@ def torch_components(distribution: Distribution, eta: Tensor) -> list[td.Distrib
         mean, log_std = eta.chunk(2, -1)
         return [td.Normal(mean[..., i], log_std[..., i].exp()) for i in range(distribution.action_dim)]
     if isinstance(distribution, Ordinal):
-        parts = eta.split(distribution.bins - 1, -1)
-        zero = torch.zeros_like(parts[0][..., :1])
-        return [td.Categorical(logits=torch.cat([zero, part.cumsum(-1)], -1)) for part in parts]
+        parts = eta.split(distribution.bins, -1)
+        steps = [torch.cat([torch.zeros_like(part[..., :1]), part[..., 1:] + part[..., :1]], -1) for part in parts]
+        return [td.Categorical(logits=step.cumsum(-1)) for step in steps]
     if isinstance(distribution, Categorical):
         return [td.Categorical(logits=part) for part in eta.split(distribution.sizes, -1)]
     return [td.Bernoulli(logits=eta[..., i]) for i in range(distribution.action_dim)]

@@ -228,7 +228,7 @@ TEXT_ERRORS = {
     "std bounds crossed": ("policy: {std: {min: 30}}", "2: policy.std.min: must be below max 20.0, not 30.0"),
     "std of a Gaussian for bins": (
         "policy:\n  bins: 11\n  std: {initial: 0.6, min: 0.05}",
-        "3: policy.bins: must be null where policy.std gives bounds or a course of σ: those are a Gaussian's",
+        "3: policy.bins: must be null where policy.std gives more than initial: the rest is a Gaussian's",
     ),
     "a preconditioner without damping": (
         "natural_gradient:\n  preconditioner: kronecker\n  damping: 0",

@@ -175,7 +175,7 @@ def test_the_action_of_an_ordinal_policy_without_noise_is_the_mean() -> None:
 def test_ordinal_samples_rise_with_their_noise() -> None:
     # What makes coloured noise mean something: neighbouring noise gives neighbouring actions.
     family = Ordinal(spaces.Box(-2, 2, (1,), np.float64), 5)
-    eta = torch.zeros(101, 4, dtype=F64)
+    eta = torch.zeros(101, 5, dtype=F64)
     noise = torch.linspace(-3, 3, 101, dtype=F64)[:, None]
     drawn = family.sample(eta, noise)
     assert (drawn.diff(dim=0) >= 0).all() and sorted(set(drawn.flatten().tolist())) == [-2, -1, 0, 1, 2]
@@ -200,7 +200,8 @@ def test_an_ordinal_action_is_told_from_its_neighbours(
 ) -> None:
     family = Ordinal(spaces.Box(*bounds, (1,), np.float32), bins)
     # Each value in turn has all the probability: the action drawn must be found to have it.
-    eta = torch.where(torch.arange(bins)[:, None] > torch.arange(bins - 1), 50.0, -50.0).to(dtype)
+    eta = torch.where(torch.arange(bins)[:, None] >= torch.arange(bins), 50.0, -50.0).to(dtype)
+    eta[:, 0] = 0  # no tilt
     action = draw(family, eta)
     assert len(action.unique()) == bins
     assert (family.log_prob(eta, action).abs() < 1e-6).all()  # of e^-50; rounding of a sum of logits below 2500
@@ -250,7 +251,7 @@ def test_actions_have_the_type_their_space_needs() -> None:
         assert draw(family, randn(2, family.param_dim)).dtype is torch.int64
         assert family.mode(randn(2, family.param_dim)).dtype is torch.int64
     assert draw(DiagonalGaussian(1), randn(2, 2, dtype=torch.float32)).dtype is torch.float32
-    assert draw(FAMILIES["ordinal"], randn(2, 6, dtype=torch.float32)).dtype is torch.float32
+    assert draw(FAMILIES["ordinal"], randn(2, 8, dtype=torch.float32)).dtype is torch.float32
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_each_action_space_has_its_family(space: spaces.Space, kind: type, actio
 def test_bins_make_a_bounded_box_ordinal_and_leave_other_spaces_alone() -> None:
     family = distribution_for(spaces.Box(-1, 1, (2, 3)), bins=5)
     assert isinstance(family, Ordinal)
-    assert (family.action_dim, family.param_dim) == (6, 24)
+    assert (family.action_dim, family.param_dim) == (6, 30)
     assert isinstance(
         distribution_for(spaces.Box(np.float32([-1, -1]), np.float32([1, np.inf])), bins=5), DiagonalGaussian
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,22 +141,18 @@ def config(**policy: object) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("space", "param_dim"),
+    ("settings", "space", "param_dim"),
     [
-        (spaces.Box(-1, 1, (2,)), 4),
-        (spaces.Discrete(4), 4),
-        (spaces.MultiDiscrete([2, 5, 3]), 10),
-        (spaces.MultiBinary(3), 3),
+        ({"bins": 11}, spaces.Box(-1, 1, (2,)), 22),
+        ({"bins": 11}, spaces.Box(-np.inf, np.inf, (2,)), 4),
+        ({"bins": 11}, spaces.Discrete(4), 4),
+        ({"bins": None}, spaces.Box(-1, 1, (2,)), 4),
+        ({}, spaces.MultiDiscrete([2, 5, 3]), 10),
+        ({}, spaces.MultiBinary(3), 3),
     ],
 )
-def test_build_policy_fits_its_spaces(space: spaces.Space, param_dim: int) -> None:
-    check_size(config(), space, param_dim)
-
-
-def test_build_policy_gives_bins_to_bounded_actions_alone() -> None:
-    check_size(config(bins=11), spaces.Box(-1, 1, (2,)), 20)
-    check_size(config(bins=11), spaces.Box(-np.inf, np.inf, (2,)), 4)
-    check_size(config(bins=11), spaces.Discrete(4), 4)
+def test_build_policy_fits_its_spaces(settings: dict[str, Any], space: spaces.Space, param_dim: int) -> None:
+    check_size(config(**settings), space, param_dim)
 
 
 def check_size(settings: Config, space: spaces.Space, param_dim: int) -> None:

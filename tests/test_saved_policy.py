@@ -52,14 +52,16 @@ def by_hand(policy: SavedPolicy, obs: np.ndarray) -> np.ndarray:
     for layer in layers:
         h = h @ state[f"{layer}.weight"].T + state[f"{layer}.bias"]
         h = h if layer == layers[-1] else np.tanh(h)
-    return (h[:, :, None] + state["network.offset"]).reshape(len(h), -1) if "network.offset" in state else h
+    return h
 
 
 def native_by_hand(eta: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
     """Parameters [N, K] → the actions without noise as the environment takes them."""
     n = len(eta)
     if isinstance(space, spaces.Box) and space.is_bounded("both"):
-        logits = np.cumsum(np.pad(eta.reshape(n, *space.shape, -1), [(0, 0)] * (1 + len(space.shape)) + [(1, 0)]), -1)
+        eta = eta.reshape(n, *space.shape, -1)
+        eta[..., 1:] += eta[..., :1]  # the tilt
+        logits = np.cumsum(eta, -1) - eta[..., :1]
         p = np.exp(logits - logits.max(-1, keepdims=True))
         values = np.linspace(space.low, space.high, p.shape[-1], axis=-1)
         return ((p * values).sum(-1) / p.sum(-1)).clip(space.low, space.high).astype(space.dtype)

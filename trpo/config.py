@@ -104,9 +104,7 @@ class LearnedStdConfig(Settings):
         0.1, gt=0, description="Lower bound on a learned σ, reached smoothly: a policy without noise cannot recover."
     )
     max: float = Field(20.0, gt=0, description="Upper bound on a learned σ, reached smoothly.")
-    state_dependent: bool = Field(
-        False, description="Let the network output log σ(s); of an ordinal policy all of its shape."
-    )
+    state_dependent: bool = Field(False, description="Let the network output log σ(s).")
 
     @model_validator(mode="after")
     def _initial_lies_within(self) -> Self:
@@ -138,8 +136,8 @@ class PolicyConfig(Settings):
         Discriminator(_std_kind),
     ] = Field(
         LearnedStdConfig(),
-        description="Standard deviation σ of a Gaussian policy: given, constant or scheduled, or learned. An ordinal "
-        "one learns its shape, and only `initial` and `state_dependent` count.",
+        description="Standard deviation σ of a Gaussian policy: given, constant or scheduled, or learned. Of an "
+        "ordinal one only `initial` counts.",
     )
     noise_exponent: float = Field(
         0.5,
@@ -153,10 +151,9 @@ class PolicyConfig(Settings):
     def _bins_have_no_std(self) -> Self:
         std = self.std
         if self.bins is not None and not (
-            isinstance(std, LearnedStdConfig)
-            and std == LearnedStdConfig(initial=std.initial, state_dependent=std.state_dependent)
+            isinstance(std, LearnedStdConfig) and std == LearnedStdConfig(initial=std.initial)
         ):
-            problem = "must be null where policy.std gives bounds or a course of σ: those are a Gaussian's"
+            problem = "must be null where policy.std gives more than initial: the rest is a Gaussian's"
             raise _contradiction("bins", problem, against="std")
         return self
 

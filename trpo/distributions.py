@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from gymnasium import spaces
-from torch import Tensor
+from torch import Tensor, nn
 
 from trpo.errors import EnvError
 
@@ -106,12 +106,12 @@ class DiagonalGaussian:
 class Ordinal:
     """Each component takes one of n values in order, evenly spaced over a bounded Box (Tang & Agrawal 2020).
 
-        log p_i = Σ_{j ≤ i} η_j + const,   i = 0 … n − 1,   η_0 = 0
+        log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const,   i = 0 … n − 1
 
-    η holds the n − 1 differences of neighbouring logits, K = A (n − 1). Any categorical distribution can be written so,
-    and an undamped natural gradient would not notice. Damping does: one η_j moves all values above j against all below,
-    so that shifting the mean, where the Fisher information is large, costs little, and bending the distribution out of
-    shape much.
+    η holds a tilt η_0 and the n − 1 differences of neighbouring logits for each component, K = A n. The differences
+    alone could be any categorical distribution, and an undamped natural gradient would not notice how it is written.
+    Damping does: the tilt shifts the mean, where the Fisher information is large and damping takes little; a difference
+    moves the values above it against those below; and what bends the distribution out of shape is damped most.
 
     Args:
         space: bounds of the actions, finite.
@@ -124,11 +124,12 @@ class Ordinal:
     def __init__(self, space: spaces.Box, bins: int):
         self.bins = bins
         self.action_dim = math.prod(space.shape)
-        self.param_dim = self.action_dim * (bins - 1)
+        self.param_dim = self.action_dim * bins
         low, high = (torch.as_tensor(bound.ravel(), dtype=torch.float64) for bound in (space.low, space.high))
         self._low, self._width = low, (high - low) / (bins - 1)
-        # [n − 1, n]: 1 where a value lies above a difference.
-        self._above = torch.ones(bins - 1, bins, dtype=torch.float64).triu(1)
+        # C [n, n]: how far each parameter of a component raises each logit; the tilt is the sum of all differences.
+        above = torch.ones(bins - 1, bins, dtype=torch.float64).triu(1)
+        self._raises = torch.cat([above.sum(0, keepdim=True), above])
 
     def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(*shape, self.action_dim, generator=generator, device=like.device, dtype=like.dtype)
@@ -148,7 +149,7 @@ class Ordinal:
         return self._log_probabilities(eta).gather(0, index).squeeze(0).sum(-1)
 
     def score(self, eta: Tensor, action: Tensor) -> Tensor:
-        """1[a lies above j] − P(above j)."""
+        """C (1[a] − p)."""
         one_hot = torch.arange(self.bins, device=eta.device).view(-1, *[1] * action.dim()) == self._index(action)
         return self._pull(one_hot.to(eta.dtype) - self._log_probabilities(eta).exp())
 
@@ -173,18 +174,18 @@ class Ordinal:
     def normal(self, std: float) -> Tensor:
         """η [K] of normal distributions around the middle of the bounds, cut at the bounds."""
         x = torch.outer(self._width, torch.arange(self.bins) - 0.5 * (self.bins - 1)) / std
-        return (-0.5 * x.square()).diff().flatten()
+        return nn.functional.pad((-0.5 * x.square()).diff(), (1, 0)).flatten()
 
     # Values come first, [n, B, A]: sums over them then run along memory, which makes a softmax 15 times as fast.
 
     def _logits(self, eta: Tensor) -> Tensor:
-        """[B, K] → Cᵀη [n, B, A], C_ji = 1[i > j]."""
-        rows = eta.reshape(-1, self.bins - 1)
-        return (self._above.to(eta).T @ rows.T).view(self.bins, *eta.shape[:-1], self.action_dim)
+        """[B, K] → Cᵀη [n, B, A]."""
+        rows = eta.reshape(-1, self.bins)
+        return (self._raises.to(eta).T @ rows.T).view(self.bins, *eta.shape[:-1], self.action_dim)
 
     def _pull(self, w: Tensor) -> Tensor:
         """[n, B, A] → Cw [B, K]."""
-        return (self._above.to(w) @ w.flatten(1)).T.reshape(*w.shape[1:-1], self.param_dim)
+        return (self._raises.to(w) @ w.flatten(1)).T.reshape(*w.shape[1:-1], self.param_dim)
 
     def _log_probabilities(self, eta: Tensor) -> Tensor:
         """[B, K] → [n, B, A]"""

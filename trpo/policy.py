@@ -223,59 +223,6 @@ class GaussianLinearization:
         return [log_std, *self._inner.kronecker_factors(u_mean.contiguous())]
 
 
-class OrdinalHead(nn.Module):
-    """Turns network outputs m [A] into the η of an `Ordinal` distribution, η_aj = m_a(s) + b_aj.
-
-    The learned offsets b are the same in all states, as a Gaussian's σ is: they are the shape of the distribution,
-    which m tilts towards its higher or lower values. Where b is that of a normal distribution on a fine grid of width
-    w, m moves its mean by m σ²/w and leaves σ as it is.
-    """
-
-    def __init__(self, network: MLP, distribution: Ordinal, *, initial_std: float):
-        super().__init__()
-        self.network = network
-        self.offset = nn.Parameter(distribution.normal(initial_std).view(distribution.action_dim, -1))
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """[B, D] → η [B, A (n − 1)]."""
-        return _spread(self.network(obs), self.offset)
-
-    def linearize(self, obs: Tensor) -> OrdinalLinearization:
-        """Closed-form linearisation, on top of the network's."""
-        return OrdinalLinearization(self, obs)
-
-
-class OrdinalLinearization:
-    """J of an `OrdinalHead`; θ = (offset, network), a module's own parameters before its children's."""
-
-    @torch.no_grad()
-    def __init__(self, head: OrdinalHead, obs: Tensor):
-        self._inner = head.network.linearize(obs)
-        self._shape, self._free = head.offset.shape, head.offset.numel()
-        self.output = _spread(self._inner.output, head.offset)
-
-    @torch.no_grad()
-    def jvp(self, v: Tensor) -> Tensor:
-        return _spread(self._inner.jvp(v[self._free :]), v[: self._free].view(self._shape))
-
-    @torch.no_grad()
-    def vjp(self, u: Tensor) -> Tensor:
-        return torch.cat([u.sum(0), self._inner.vjp(self._gathered(u))])
-
-    @torch.no_grad()
-    def kronecker_factors(self, u: Tensor) -> list[Factors]:
-        offset = Factors(u.new_full((1, 1), float(len(u))), u.T @ u)
-        return [offset, *self._inner.kronecker_factors(self._gathered(u))]
-
-    def _gathered(self, u: Tensor) -> Tensor:
-        return u.unflatten(-1, self._shape).sum(-1)
-
-
-def _spread(m: Tensor, offset: Tensor) -> Tensor:
-    """[B, A] and [A, n − 1] → [B, A (n − 1)]."""
-    return (m.unsqueeze(-1) + offset).flatten(-2)
-
-
 def build_policy(
     config: Config,
     observation_space: spaces.Box,
@@ -288,9 +235,8 @@ def build_policy(
     settings, dtype = config.policy, getattr(torch, config.dtype)
     distribution = distribution_for(action_space, bins=settings.bins)
     obs_dim = observation_space.shape[0]
-    std = settings.std
-    has_shape = isinstance(distribution, DiagonalGaussian | Ordinal)  # beside its mean
-    from_state = not has_shape or (isinstance(std, LearnedStdConfig) and std.state_dependent)
+    std = settings.std if isinstance(distribution, DiagonalGaussian) else None
+    from_state = std is None or (isinstance(std, LearnedStdConfig) and std.state_dependent)
     mlp = MLP(
         [obs_dim, *settings.hidden_sizes, distribution.param_dim if from_state else distribution.action_dim],
         activation=settings.activation,
@@ -299,18 +245,14 @@ def build_policy(
     )
     network: nn.Module = mlp
     if isinstance(distribution, Ordinal):
-        assert isinstance(std, LearnedStdConfig)  # the config allows no other beside bins
-        if from_state:
-            with torch.no_grad():
-                mlp.linears[-1].bias.copy_(distribution.normal(std.initial))
-        else:
-            network = OrdinalHead(mlp, distribution, initial_std=std.initial)
-    elif isinstance(distribution, DiagonalGaussian):
-        if isinstance(std, LearnedStdConfig):
-            bounds = (std.min, std.max)
-            network = GaussianHead(mlp, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)
-        else:
-            network = GivenStdHead(mlp, distribution.action_dim, std=value_at(std, 0.0))
+        assert isinstance(settings.std, LearnedStdConfig)  # the config allows no other beside bins
+        with torch.no_grad():
+            mlp.linears[-1].bias.copy_(distribution.normal(settings.std.initial))
+    if isinstance(std, LearnedStdConfig):
+        bounds = (std.min, std.max)
+        network = GaussianHead(mlp, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)
+    elif std is not None:
+        network = GivenStdHead(mlp, distribution.action_dim, std=value_at(std, 0.0))
     normalizer = build_normalizer(config, obs_dim)
     return Policy(network.to(device, dtype), distribution, normalizer.to(device))
 

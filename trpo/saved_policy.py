@@ -22,7 +22,7 @@ from torch import Tensor
 from trpo.checkpoint import MANIFEST_FILE, load_state, save_state
 from trpo.config import Config, EnvConfig
 from trpo.device import resolve_device
-from trpo.distributions import DiagonalGaussian, Ordinal, distribution_for
+from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import CheckpointError
 from trpo.policy import Policy, build_policy
@@ -207,8 +207,7 @@ def _restore(state: dict[str, Any], directory: Path, device: torch.device) -> Sa
 def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], tensors: dict[str, Tensor]) -> None:
     """Refuses settings that describe larger layers than are stored, before memory is taken for them."""
     distribution = distribution_for(action_space, bins=config.policy.bins)
-    shaped = isinstance(distribution, DiagonalGaussian | Ordinal)  # their shape may be the same in all states
-    outputs = distribution.action_dim if shaped else distribution.param_dim
+    outputs = distribution.action_dim if isinstance(distribution, DiagonalGaussian) else distribution.param_dim
     described = sum(rows * columns for rows, columns in pairwise([obs_dim, *config.policy.hidden_sizes, outputs]))
     stored = sum(tensor.numel() for tensor in tensors.values())
     if described > stored:
