@@ -22,6 +22,15 @@ def operands(rows: int, n: int, m: int, dtype: torch.dtype = torch.float32) -> t
     return randn(rows, n).to(dtype), randn(m, n, seed=1).to(dtype), randn(m, seed=2).to(dtype)
 
 
+@pytest.fixture(params=["oneDNN", "MKL"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both, whichever is faster on this CPU."""
+    if request.param == "oneDNN" and kernels._LINEAR is None:
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(kernels, "_ONEDNN_PAYS", request.param == "oneDNN")
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("rows", [FEW, MANY - 1, MANY])
 @pytest.mark.parametrize("n", [NARROW, WIDE])
 @pytest.mark.parametrize("m", [NARROW, WIDE])
@@ -66,8 +75,11 @@ def test_onednn_multiplies_where_it_is_faster(
         return multiply(*arguments)
 
     monkeypatch.setattr(kernels, "_LINEAR", counted)
-    run(randn(MANY, WIDE).float(), randn(WIDE, WIDE, seed=1).float())
-    assert bool(calls) == fast
+    for pays in (True, False):
+        monkeypatch.setattr(kernels, "_ONEDNN_PAYS", pays)
+        calls.clear()
+        run(randn(MANY, WIDE).float(), randn(WIDE, WIDE, seed=1).float())
+        assert bool(calls) == (fast and pays)
 
 
 def test_gradients_flow_where_they_are_asked_for() -> None:

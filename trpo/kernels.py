@@ -5,15 +5,27 @@ Everywhere else (a GPU, float64 products, autograd, compilation) they are torch'
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+
+def _intel() -> bool:
+    """Whether this is one of Intel's CPUs; where that cannot be read, it is not."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 # Torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's CPUs alone; oneDNN, which torch brings along
-# for its compiler, on all: half the time there. With fewer rows its set-up costs more than it saves.
+# for its compiler, on all: half the time there, and a third more on Intel's. With fewer rows its set-up costs more than
+# it saves.
 _LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN_PAYS = _LINEAR is not None and not _intel()
 _ONEDNN_ROWS = 512
 _ONEDNN_COLUMNS = 16
 
@@ -58,7 +70,7 @@ def _plain(x: Tensor) -> bool:
 
 def _worth_onednn(x: Tensor) -> bool:
     # The number of rows last: asking for it while an exporter traces would make it a constant.
-    return _LINEAR is not None and x.dtype == torch.float32 and _plain(x) and len(x) >= _ONEDNN_ROWS
+    return _ONEDNN_PAYS and x.dtype == torch.float32 and _plain(x) and len(x) >= _ONEDNN_ROWS
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
