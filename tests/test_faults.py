@@ -439,7 +439,7 @@ def test_a_prolonged_run_is_not_taken_for_finished_because_the_shorter_one_was(
     run = train(config(), tmp_path).directory
     longer = config(total_steps=96 * 6)
     killed_while_saving_final(Trainer(longer, resume=run, console=False), monkeypatch)
-    assert load_policy(run / "final").info["env_steps"] == 96 * 4
+    assert not (run / "final").exists()
     assert Trainer(longer, resume=run, console=False).train().evaluation is not None
     assert load_policy(run / "final").info["env_steps"] == 96 * 6
     assert [row["env_steps"] for row in table(run, EVALUATIONS_FILE)] == ["192", "384", "576"]
