@@ -53,7 +53,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     Modules that settings name are also looked for in the working directory, as with `python -m`, but there last.
     """
-    sys.path.append(os.getcwd())
+    sys.path.append("")
     try:
         status = main() or 0
         sys.stdout.flush()
