@@ -34,7 +34,7 @@ def make_agent(
             "batch_size": STEPS * ENVS,
             "normalize": {"rewards": False},
             "gae": gae_settings,
-            "policy": {"bins": None, **(policy or {})},
+            "policy": policy or {},
             "value": value or {},
             "natural_gradient": natural_gradient or {},
         }

@@ -514,12 +514,12 @@ class TestVectorEnvAdapter:
         ("given", "success"), [(True, 1.0), (np.float32(0.5), 0.5), (np.array([1]), 1.0), (None, np.nan)]
     )
     def test_success_is_a_number_or_none(self, given: Any, success: float) -> None:
-        assert np.array_equal(success_of({"is_success": given}), success, equal_nan=True)
+        assert np.array_equal(success_of(given), success, equal_nan=True)
 
     @pytest.mark.parametrize("given", ["yes", np.ones(2), {}])
     def test_success_of_another_kind_is_named(self, given: Any) -> None:
         with pytest.raises(EnvError, match=r"info\['is_success'\] is .*: report True, False or a number"):
-            success_of({"is_success": given})
+            success_of(given)
 
     def test_dict_observations_and_start_offset(self) -> None:
         space = Dict(b=Box(-1, 1, (2,)), a=Discrete(3))

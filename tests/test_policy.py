@@ -152,13 +152,10 @@ def config(**policy: object) -> Config:
     ],
 )
 def test_build_policy_fits_its_spaces(settings: dict[str, Any], space: spaces.Space, param_dim: int) -> None:
-    check_size(config(**settings), space, param_dim)
-
-
-def check_size(settings: Config, space: spaces.Space, param_dim: int) -> None:
     observations = spaces.Box(-1, 1, (OBS_DIM,))
     built = [
-        build_policy(settings, observations, space, generator=seeded(), device=torch.device("cpu")) for _ in range(2)
+        build_policy(config(**settings), observations, space, generator=seeded(), device=torch.device("cpu"))
+        for _ in range(2)
     ]
     eta = built[0](randn(5, OBS_DIM))
     assert eta.shape == (5, param_dim) and eta.dtype is F64

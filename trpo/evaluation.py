@@ -194,7 +194,7 @@ class _Episode:
         self.total += float(self._checked("reward", reward))
         self.over = bool(terminated or truncated) or self.length == MAX_EPISODE_STEPS
         if self.over:
-            self.success = success_of(info)
+            self.success = success_of(info.get("is_success"))
         return self._checked("observation", obs)
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

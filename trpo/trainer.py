@@ -140,9 +140,6 @@ class Trainer:
             if found is None:
                 raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
             changed = self._load_state(found[1], found[0])
-            if any(line.startswith("batch_size:") for line in changed):
-                # Schedules and the end of a run are counted in updates.
-                raise UserError("batch_size cannot change within a run; go on without it, or start a new run")
             if self.updates > self.config.updates:
                 raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
         if self.group.leads:
@@ -342,7 +339,11 @@ class Trainer:
         assert self.env is not None
         changed: list[str] = []
         try:
-            changed = config_difference(Config.model_validate(state["config"]), self.config)
+            saved = Config.model_validate(state["config"])
+            changed = config_difference(saved, self.config)
+            if saved.batch_size != self.config.batch_size:
+                # Schedules and the end of a run are counted in updates.
+                raise UserError("batch_size cannot change within a run; go on without it, or start a new run")
             if len(state["processes"]) != self.group.size:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
                 raise CheckpointError(f"{path}: {problem}")

@@ -115,16 +115,20 @@ def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str
     """Trains what is not finished, `parallel` runs at a time, one thread each; returns what failed, in words.
 
     Raises:
-        UserError: results of other settings lie where these would go; nothing is trained.
+        UserError: results of other settings, or over another number of episodes, lie where these would go; nothing is
+            trained.
     """
-    todo = [job for job in jobs if not job.finished]
+    done: list[Job] = []
+    todo: list[Job] = []
+    for job in jobs:
+        (done if job.finished else todo).append(job)
     if others := [job.result for job in todo if job.result.exists()]:
         more = f" and {len(others) - 1} more hold results" if len(others) > 1 else " holds the result"
         raise UserError(f"{others[0]}{more} of other settings; give another --out, or delete them first")
-    for job in jobs:
-        if job.finished and (had := len(json.loads(job.result.read_text())["returns"])) != episodes:
+    for job in done:
+        if (had := len(json.loads(job.result.read_text())["returns"])) != episodes:
             raise UserError(f"{job.result} holds {had} episodes; give --episodes {had}, another --out, or delete it")
-    say(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished before, {len(todo)} to do, {parallel} at a time")
+    say(f"{len(jobs)} runs, {len(done)} finished before, {len(todo)} to do, {parallel} at a time")
     failures = []
     with ThreadPoolExecutor(parallel) as pool:
         for job, failure in zip(todo, pool.map(lambda job: _train_and_score(job, episodes), todo), strict=True):

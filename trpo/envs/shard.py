@@ -154,7 +154,7 @@ class EnvShard:
                 truncated = truncated or self._episode_steps[i] >= self._cut_after[i]
                 buffers.terminated[i], buffers.truncated[i] = terminated, truncated
                 if terminated or truncated:
-                    buffers.success[i] = success_of(info)
+                    buffers.success[i] = success_of(info.get("is_success"))
                     self._begin(i)
         except EnvError:
             raise

@@ -35,9 +35,8 @@ def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gym
     return env if is_flat(env.observation_space) else FlattenObservation(env)
 
 
-def success_of(info: dict[str, Any]) -> float:
-    """`is_success` of an episode that ended, 0 to 1; NaN if it reports none."""
-    given = info.get("is_success")
+def success_of(given: Any) -> float:
+    """What an episode that ended reports as `is_success`, 0 to 1; NaN for None: it reports nothing."""
     if given is None:
         return math.nan
     try:

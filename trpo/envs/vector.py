@@ -121,7 +121,7 @@ class VectorEnvAdapter:
         if "is_success" in last_infos:
             reported = done & np.asarray(last_infos.get("_is_success", True), bool)
             for i in np.flatnonzero(reported):
-                buffers.success[i] = success_of({"is_success": last_infos["is_success"][i]})
+                buffers.success[i] = success_of(last_infos["is_success"][i])
 
     def _write_final(self, infos: dict[str, Any], done: Array) -> None:
         final = infos.get("final_obs")
