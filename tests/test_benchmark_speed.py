@@ -33,13 +33,13 @@ def test_operations_of_an_update_by_hand() -> None:
 def test_operations_of_an_update_against_torchs_count() -> None:
     """Of the linearisation that the update is made of, run once for each product it takes."""
     sizes, batch, cg_iterations, evaluations = [11, 64, 64, 3], 32, 4, 2
-    mlp = MLP(sizes, activation="tanh", head_scale=1.0, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(batch, sizes[0])
+    mlp = MLP(sizes, activation="tanh", head_scale=1.0, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(batch, sizes[0], dtype=torch.float64)  # what torch can count is done in torch
     # torch counts the other forms of addmm only.
     in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: addmm_flop(out, a, b)}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         linearization = mlp.linearize(x)
-        gradient = linearization.vjp(torch.randn(batch, sizes[-1]))
+        gradient = linearization.vjp(torch.randn(batch, sizes[-1], dtype=torch.float64))
         for _ in range(cg_iterations):
             linearization.vjp(linearization.jvp(gradient))
         for _ in range(evaluations):

@@ -20,7 +20,7 @@ import pytest
 import torch
 from forks import fork
 
-from trpo import run_directory
+from trpo import native, run_directory
 from trpo.checkpoint import CheckpointStore, load_state, save_state
 from trpo.config import Config
 from trpo.config_file import load_config
@@ -112,8 +112,9 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
 def test_meta_records_the_circumstances_and_not_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", "--seed", "3"])
     meta = json.loads(RunDirectory.create(tmp_path, config(device="cpu")).meta_file.read_text())
-    assert set(meta) == {"started", "command", "device", "versions", "python", "platform", "git"}
+    assert set(meta) == {"started", "command", "device", "versions", "native", "python", "platform", "git"}
     assert meta["command"] == ["train.py", "--seed", "3"] and meta["device"] == "cpu"
+    assert meta["native"] is native.available()
     assert meta["versions"]["torch"] == torch.__version__ and meta["versions"]["numpy"] == np.__version__
     assert set(meta["versions"]) == {"trpo", "torch", "numpy", "gymnasium", "mujoco"}
     assert meta["python"] == platform.python_version() and meta["platform"] == platform.platform()

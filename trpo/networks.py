@@ -2,20 +2,21 @@
 
 A `Linearization` gives the output f(θ) [B, K] and the two products with the Jacobian J = ∂f/∂θ [B·K, P] from which
 gradients (Jᵀu) and Gauss-Newton products (JᵀMJv) are built. `MlpLinearization` does it in closed form from cached
-activations: one product costs four matrix passes and no graph. `AutogradLinearization` does it for any module.
+activations: one product costs four matrix passes and no graph. `NativeLinearization` is the same, compiled.
+`AutogradLinearization` does it for any module.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trpo.kernels import by_columns, linear, mm, outer_sum, tanh
+from trpo.native import NativeMlp
 from trpo.parameters import Layout
 
 
@@ -40,7 +41,7 @@ class Factors(NamedTuple):
 
 # Each activation with its derivative as a function of (input z, output h).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "tanh": (tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),
+    "tanh": (torch.tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),
     "relu": (torch.relu, lambda z, h: (h > 0).to(h.dtype)),
     "elu": (nn.functional.elu, lambda z, h: torch.where(h > 0, 1.0, h + 1)),
     "silu": (nn.functional.silu, lambda z, h: z.sigmoid() * (1 + z - h)),
@@ -60,6 +61,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(layers)
         self._linears = layers  # the same modules: looking them up in a ModuleList costs more than a small product
         self.layout = Layout([p.shape for p in self.parameters()])
+        self.native = NativeMlp.of(layers, activation)
         for layer in layers:
             gain = head_scale if layer is layers[-1] else math.sqrt(2)
             nn.init.orthogonal_(layer.weight, gain, generator=generator)
@@ -72,14 +74,19 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D] → [B, K]."""
+        if self.native is not None and self.native.takes(x):
+            return self.native.forward(x)
         act = ACTIVATIONS[self.activation][0]
         *hidden, head = self._linears
         for layer in hidden:
-            x = act(linear(x, layer.weight, layer.bias))
-        return linear(x, head.weight, head.bias)
+            x = act(layer(x))
+        return head(x)
 
-    def linearize(self, x: Tensor) -> MlpLinearization:
+    @torch.no_grad()
+    def linearize(self, x: Tensor) -> ClosedForm:
         """Closed-form linearisation at the current θ for inputs x [B, D]; later changes of θ do not touch it."""
+        if self.native is not None and self.native.takes(x):
+            return NativeLinearization(self.native, self.layout.total, x)
         return MlpLinearization(self, x)
 
 
@@ -91,72 +98,102 @@ class MlpLinearization:
     """
 
     def __init__(self, mlp: MLP, x: Tensor):
-        self._activation = ACTIVATIONS[mlp.activation]
-        # Looked up once: a module's attribute costs as much as a small product.
-        self._parameters = [(layer.weight, layer.bias) for layer in mlp.linears]
-        # Copies: the line search moves θ while this object still describes θ_old.
-        self._weights = [torch.empty_like(layer.weight, requires_grad=False) for layer in mlp.linears]
-        self._layout = mlp.layout
-        self._pulled = x.new_empty(self._layout.total)
-        self._pulled_parts = self._layout.split(self._pulled)
+        self._mlp = mlp
         self.move(x)
 
     @torch.no_grad()
     def move(self, x: Tensor) -> None:
         """Linearises anew, at the network's present θ and other inputs x of the same shape [B, D]."""
-        act, slope = self._activation
-        self._inputs = [x]
-        self._slopes = []
-        for copy, (weight, bias) in zip(self._weights, self._parameters, strict=True):
-            copy.copy_(weight)
-            z = linear(self._inputs[-1], weight, bias)
-            if len(self._inputs) == len(self._weights):
-                self.output = z
-            else:
-                h = act(z)
-                self._inputs.append(h)
-                self._slopes.append(slope(z, h))
-        self._slopes_by_columns = [by_columns(slope) for slope in self._slopes]
+        act, slope = ACTIVATIONS[self._mlp.activation]
+        # Copies: the line search moves θ while this object still describes θ_old.
+        self._weights = [layer.weight.clone() for layer in self._mlp.linears]
+        self._inputs: list[Tensor] = []
+        self._slopes: list[Tensor] = []
+        *hidden, head = self._mlp.linears
+        for layer in hidden:
+            self._inputs.append(x)
+            z = layer(x)
+            x = act(z)
+            self._slopes.append(slope(z, x))
+        self._inputs.append(x)
+        self.output = head(x)
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
         """Jv [B, K] for v [P]."""
-        parts = self._layout.split(v)
-        tangent = None
-        for i, (d_weight, d_bias) in enumerate(zip(parts[0::2], parts[1::2], strict=True)):
-            out = linear(self._inputs[i], d_weight, d_bias)
-            if tangent is not None:
-                out.add_(linear(tangent, self._weights[i]))
-            if i < len(self._slopes):
-                out.mul_(self._slopes[i])
-            tangent = out
-        assert tangent is not None
+        parts = self._mlp.layout.split(v)
+        tangent = torch.addmm(parts[1], self._inputs[0], parts[0].T)
+        for i, slope in enumerate(self._slopes, start=1):
+            tangent *= slope
+            d_weight, d_bias = parts[2 * i], parts[2 * i + 1]
+            tangent = torch.addmm(d_bias, self._inputs[i], d_weight.T).addmm_(tangent, self._weights[i].T)
         return tangent
 
     @torch.no_grad()
     def vjp(self, u: Tensor) -> Tensor:
         """Jᵀu [P] for u [B, K]."""
-        parts, delta = self._pulled_parts, u
-        for i in reversed(range(len(self._weights))):
-            outer_sum(delta, self._inputs[i], out=parts[2 * i])
-            torch.sum(delta, 0, out=parts[2 * i + 1])
-            if i:
-                delta = mm(delta, self._weights[i]).mul_(self._slopes_by_columns[i - 1])
-        return self._pulled.clone()
+        parts: list[Tensor] = []
+        for i, delta in _backwards(u, self._weights, self._slopes):
+            parts = [(delta.T @ self._inputs[i]).flatten(), delta.sum(0), *parts]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def kronecker_factors(self, u: Tensor) -> list[Factors]:
         """Σ h̃h̃ᵀ and Σ δδᵀ of every layer, first to last, for output cotangents u [B, K]."""
-        factors = []
-        delta = u
-        for i in reversed(range(len(self._weights))):
-            h = self._inputs[i]
-            ones = h.new_ones(len(h), 1)
-            extended = torch.cat([h, ones], 1)
-            factors.append(Factors(extended.T @ extended, delta.T @ delta))
-            if i:
-                delta = (delta @ self._weights[i]).mul_(self._slopes[i - 1])
-        return factors[::-1]
+        return _kronecker_factors(u, self._inputs, self._weights, self._slopes)
+
+
+class NativeLinearization:
+    """The same by compiled code, for float32 on one thread of a CPU.
+
+    Args:
+        native: the network.
+        parameters: P.
+        x: inputs [B, D].
+    """
+
+    def __init__(self, native: NativeMlp, parameters: int, x: Tensor):
+        self._native = native
+        self._parameters = parameters
+        self._workspace = native.workspace(x, len(x))
+        self.move(x)
+
+    def move(self, x: Tensor) -> None:
+        """Linearises anew, at the network's present θ and other inputs x of the same shape [B, D]."""
+        self.output = self._native.forward(x, self._workspace)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """Jv [B, K] for v [P]."""
+        return self._native.jvp(v, torch.empty_like(self.output), self._workspace)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """Jᵀu [P] for u [B, K]."""
+        return self._native.vjp(u, u.new_empty(self._parameters), self._workspace)
+
+    @torch.no_grad()
+    def kronecker_factors(self, u: Tensor) -> list[Factors]:
+        """Σ h̃h̃ᵀ and Σ δδᵀ of every layer, first to last, for output cotangents u [B, K]."""
+        inputs, weights = self._native.kept(self._workspace, len(u))
+        return _kronecker_factors(u, inputs, weights, [self._native.slope(h) for h in inputs[1:]])
+
+
+ClosedForm = MlpLinearization | NativeLinearization
+
+
+def _backwards(delta: Tensor, weights: list[Tensor], slopes: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Backpropagation: (l, δ_l = ∂/∂z_l [B, n_l]) from the last layer to the first."""
+    for i in reversed(range(len(weights))):
+        yield i, delta
+        if i:
+            delta = (delta @ weights[i]).mul_(slopes[i - 1])
+
+
+def _kronecker_factors(u: Tensor, inputs: list[Tensor], weights: list[Tensor], slopes: list[Tensor]) -> list[Factors]:
+    factors = []
+    for i, delta in _backwards(u, weights, slopes):
+        extended = nn.functional.pad(inputs[i], (0, 1), value=1.0)
+        factors.append(Factors(extended.T @ extended, delta.T @ delta))
+    return factors[::-1]
 
 
 class AutogradLinearization:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from trpo import native
 from trpo.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
@@ -259,6 +260,7 @@ def _meta(config: Config, started: datetime) -> dict[str, Any]:
         "command": sys.argv,
         "device": config.device,
         "versions": {name: _version(name) for name in _PACKAGES},
+        "native": native.available(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git": _git_state(Path(__file__).resolve().parent),

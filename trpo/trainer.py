@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trpo import native
 from trpo.agent import Agent
 from trpo.batch import Rollout
 from trpo.checkpoint import CheckpointStore
@@ -158,6 +159,8 @@ class Trainer:
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
+        if self.device.type == "cpu" and self.config.dtype == "float32" and not native.available():
+            self._say("note: without its compiled part updates take twice as long; reinstall trpo with a C compiler")
         if self.env is not None and not self.env.exact_resume:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
+from trpo.native import adam_step, takes
 from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
-from trpo.networks import MLP, MlpLinearization
+from trpo.networks import MLP, ClosedForm
 from trpo.parameters import FlatParameters
 from trpo.reduction import AllSum, one_process, total_count
 
@@ -110,7 +111,7 @@ class AdamFit:
         self.learning_rate = learning_rate
         self.all_sum = all_sum
         self._adam = Adam(value.theta.vector)
-        self._linearizations: dict[int, MlpLinearization] = {}  # work space by minibatch size; a fit has two at most
+        self._linearizations: dict[int, ClosedForm] = {}  # work space by minibatch size; a fit has two at most
 
     @torch.inference_mode()  # less to do per operation than `no_grad`, which counts where the operations are this small
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
@@ -170,18 +171,20 @@ class Adam:
         self.steps = 0
         self._mean = torch.zeros_like(theta)  # of the gradient
         self._square = torch.zeros_like(theta)  # of its square, both decaying
-        self._denominator = torch.empty_like(theta)
 
     def step(self, theta: Tensor, gradient: Tensor, learning_rate: float) -> None:
         """θ ← θ − α m̂ / (√v̂ + ε), in place."""
         self.steps += 1
         beta1, beta2 = self.betas
-        self._mean.lerp_(gradient, 1 - beta1)
-        self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         # Both sides of the fraction times √(1 − β₂ᵗ): one pass less over the vector.
         correction = math.sqrt(1 - beta2**self.steps)
-        torch.sqrt(self._square, out=self._denominator).add_(self.epsilon * correction)
-        theta.addcdiv_(self._mean, self._denominator, value=-learning_rate * correction / (1 - beta1**self.steps))
+        epsilon, rate = self.epsilon * correction, learning_rate * correction / (1 - beta1**self.steps)
+        if takes(theta[:1]):
+            adam_step(theta, gradient, self._mean, self._square, betas=self.betas, epsilon=epsilon, rate=rate)
+            return
+        self._mean.lerp_(gradient, 1 - beta1)
+        self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        theta.addcdiv_(self._mean, self._square.sqrt().add_(epsilon), value=-rate)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "mean": self._mean.clone(), "square": self._square.clone()}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-from trpo.kernels import linear
+# MKL's, and that of oneDNN, which torch brings along for its compiler: it uses AVX-512 on all processors.
+_PRODUCTS: list[Callable[[Tensor, Tensor], Tensor]] = [torch.mm]
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _PRODUCTS.append(lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], ""))
 
 
 def update_flops(sizes: Sequence[int], batch: int, *, cg_iterations: int, evaluations: int) -> int:
@@ -45,9 +48,8 @@ def matmul_rate(width: int, batch: int, *, repeats: int = 20) -> float:
     best = 0.0
     for rows in {256, 1024, batch}:
         left, square = torch.randn(rows, width), torch.randn(width, width)
-        out, outer = torch.empty(rows, width), torch.empty(width, width)
-        for a, b, result in ((left, square, out), (left.T, left, outer)):
-            for multiply in (partial(torch.mm, out=result), lambda a, b: linear(a, b.T)):
+        for a, b in ((left, square), (left.T, left)):
+            for multiply in _PRODUCTS:
                 multiply(a, b)
                 for _ in range(repeats):
                     start = time.perf_counter()

@@ -1,0 +1,214 @@
+"""The compiled functions against the same formulas in torch, in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randn, relative_error, seeded
+from torch import Tensor
+
+from trpo import native
+from trpo.networks import MLP, MlpLinearization, NativeLinearization
+
+SOURCE = Path(native.__file__).with_name("mlp.c")
+COMPILER = shutil.which("cc")
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC"]
+# Vectors of 16, 8 and 4 numbers, whichever this processor has; "installed" is what the package was built with.
+MACHINES = {
+    "installed": None,
+    "AVX-512": ["-march=x86-64-v4"],
+    "AVX2": ["-march=x86-64-v3"],
+    "plain": [],
+}
+# Less than a vector, one that is no whole number of them, more than a product keeps in registers; deep and flat.
+SIZES = [(3, 2), (1, 1, 1), (11, 64, 64, 3), (17, 5, 33), (70, 130, 200, 65), (4, 8, 8, 8, 8, 2)]
+ROWS = [1, 7, native.BLOCK, native.BLOCK + 1, 300]
+# Sums of up to 300 float32 products of size 1, over three layers: some tens of units of 6e-8.
+TOLERANCE = 1e-5
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the compiled functions were not built")
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """mlp.c as compiled for each kind of processor that this one can stand for."""
+    found = {"installed": native._LIBRARY}
+    for name, flags in MACHINES.items():
+        if flags is None or COMPILER is None or (flags and platform.machine() != "x86_64"):
+            continue
+        file = tmp_path_factory.mktemp("native") / f"{name}.so"
+        subprocess.run([COMPILER, *FLAGS, *flags, str(SOURCE), "-o", str(file)], check=True)
+        found[name] = native._load(str(file))
+    return found
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request: pytest.FixtureRequest, libraries: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    library = libraries.get(request.param)
+    if library is None:
+        pytest.skip("not built, or not for this processor")
+    monkeypatch.setattr(native, "_LIBRARY", library)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pair(sizes: tuple[int, ...], activation: str = "tanh") -> tuple[MLP, MLP]:
+    """A float32 network with nothing at zero, and the same in float64."""
+    mlp = MLP(sizes, activation=activation, head_scale=1.0, generator=seeded())
+    with torch.no_grad():
+        for i, layer in enumerate(mlp.linears):
+            layer.bias.copy_(0.5 * randn(*layer.bias.shape, seed=i))
+    return mlp, copy.deepcopy(mlp).double()
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@torch.no_grad()
+def test_the_network_and_its_products(sizes: tuple[int, ...], rows: int, activation: str) -> None:
+    mlp, exact = pair(sizes, activation)
+    x, v, u = randn(rows, sizes[0]), randn(mlp.layout.total, seed=1), randn(rows, sizes[-1], seed=2)
+    expected, actual = exact.linearize(x), mlp.linearize(x.float())
+    assert isinstance(expected, MlpLinearization) and isinstance(actual, NativeLinearization)
+    assert relative_error(mlp(x.float()).double(), exact(x)) <= TOLERANCE
+    assert relative_error(actual.output.double(), expected.output) <= TOLERANCE
+    assert relative_error(actual.vjp(u.float()).double(), expected.vjp(u)) <= TOLERANCE
+    assert relative_error(actual.jvp(v.float()).double(), expected.jvp(v)) <= TOLERANCE
+    assert relative_error(actual.vjp(u.float()).double(), expected.vjp(u)) <= TOLERANCE  # after another product
+    for ours, theirs in zip(actual.kronecker_factors(u.float()), expected.kronecker_factors(u), strict=True):
+        assert relative_error(ours.inputs.double(), theirs.inputs) <= TOLERANCE
+        assert relative_error(ours.outputs.double(), theirs.outputs) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("machine")
+@torch.no_grad()
+def test_tanh_over_all_magnitudes() -> None:
+    mlp = MLP((1, 1, 1), activation="tanh", head_scale=1.0, generator=seeded())
+    for layer in mlp.linears:
+        layer.weight.fill_(1.0)
+    magnitudes = torch.cat([torch.logspace(-30, 3, 2000), torch.linspace(0, 12, 2000)])
+    x = torch.cat([magnitudes, -magnitudes])
+    actual, expected = mlp(x[:, None]).squeeze(1).double(), x.double().tanh()
+    # 4 units in the last place: two for the exponential, one each for the sum and the quotient.
+    torch.testing.assert_close(actual, expected, rtol=4 * 2.0**-23, atol=0)
+    ends = mlp(torch.tensor([[math.inf], [-math.inf], [math.nan]])).flatten().tolist()
+    assert ends[:2] == [1.0, -1.0] and math.isnan(ends[2])
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+@torch.no_grad()
+def test_what_is_not_finite_stays_so_and_in_its_row(activation: str) -> None:
+    mlp, _ = pair((3, 20, 2), activation)
+    x = randn(200, 3, dtype=torch.float32)
+    clean = mlp(x)
+    x[130, 1] = math.nan
+    out = mlp(x)
+    assert out[130].isnan().all()
+    others = torch.arange(200) != 130
+    assert torch.equal(out[others], clean[others])
+
+
+@needs_native
+@torch.no_grad()
+def test_a_linearisation_keeps_to_the_parameters_it_was_made_at_until_it_is_moved() -> None:
+    mlp, _ = pair((3, 20, 2))
+    x, u, v = randn(50, 3, dtype=torch.float32), randn(50, 2).float(), randn(mlp.layout.total).float()
+    linearization = mlp.linearize(x)
+    before = linearization.output.clone(), linearization.vjp(u), linearization.jvp(v)
+    for p in mlp.parameters():
+        p.mul_(1.5)
+    assert all(map(torch.equal, before, (linearization.output, linearization.vjp(u), linearization.jvp(v))))
+    other = randn(50, 3, seed=1, dtype=torch.float32)
+    linearization.move(other)
+    again = mlp.linearize(other)
+    assert torch.equal(linearization.output, again.output) and torch.equal(linearization.vjp(u), again.vjp(u))
+
+
+@needs_native
+@torch.no_grad()
+def test_rows_far_apart_in_memory_are_taken_as_they_are() -> None:
+    mlp, exact = pair((3, 20, 2))
+    x = randn(3, 50).T
+    assert not x.is_contiguous()
+    assert relative_error(mlp(x.float()).double(), exact(x)) <= TOLERANCE
+    u = randn(2, 50, seed=1).T
+    assert relative_error(mlp.linearize(x.float()).vjp(u.float()).double(), exact.linearize(x).vjp(u)) <= TOLERANCE
+
+
+@needs_native
+def test_threads_may_ask_the_same_network_at_once() -> None:
+    """Calls hold no lock of the interpreter: what one writes must not be read by another."""
+    mlp, _ = pair((11, 64, 64, 3))
+    inputs = [randn(100, 11, seed=i, dtype=torch.float32) for i in range(8)]
+
+    def ask(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [mlp(x) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for x, answers in zip(inputs, pool.map(ask, inputs), strict=True):
+            with torch.no_grad():
+                assert all(torch.equal(answer, mlp(x)) for answer in answers)
+
+
+@needs_native
+def test_torch_does_what_the_compiled_functions_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, exact = pair((3, 20, 2))
+    x = randn(200, 3, dtype=torch.float32)
+    assert mlp(x).requires_grad  # a graph is wanted
+    with torch.no_grad():
+        assert isinstance(mlp.linearize(x), NativeLinearization)
+        assert isinstance(exact.linearize(x.double()), MlpLinearization)
+        assert isinstance(pair((3, 20, 2), "silu")[0].linearize(x), MlpLinearization)
+        assert isinstance(pair((3, *[4] * native.MOST_LAYERS, 2))[0].linearize(x), MlpLinearization)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            mlp(x[:, :2])
+        with pytest.raises(RuntimeError, match="dtype"):
+            exact(x)
+        torch.set_num_threads(2)  # many rows are worth several threads, a few are not
+        assert isinstance(mlp.linearize(x), MlpLinearization)
+        assert isinstance(mlp.linearize(x[: native.BLOCK]), NativeLinearization)
+        monkeypatch.setattr(native, "_LIBRARY", None)
+        assert isinstance(mlp.linearize(x[: native.BLOCK]), MlpLinearization)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no compiler")
+def test_an_installation_with_a_compiler_has_them_and_the_environment_can_leave_them_out() -> None:
+    say = "from trpo import native; print(native.available())"
+    for value, expected in (("1", "True"), ("0", "False")):
+        run = subprocess.run(
+            [sys.executable, "-c", say], env={"TRPO_NATIVE": value}, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == expected
+
+
+def test_a_file_that_is_no_library_or_of_another_version_is_left_out(tmp_path: Path) -> None:
+    assert native._load(None) is None
+    assert native._load(str(tmp_path / "missing.so")) is None
+    (tmp_path / "text.so").write_text("text")
+    assert native._load(str(tmp_path / "text.so")) is None
+    if COMPILER is not None:
+        for i, source in enumerate(("int mlp_version(void) { return 0; }", "int other(void) { return 0; }")):
+            (tmp_path / f"{i}.c").write_text(source)
+            subprocess.run(
+                [COMPILER, "-shared", "-fPIC", str(tmp_path / f"{i}.c"), "-o", str(tmp_path / f"{i}.so")], check=True
+            )
+            assert native._load(str(tmp_path / f"{i}.so")) is None

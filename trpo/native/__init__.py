@@ -1,0 +1,162 @@
+"""`mlp.c` from Python: what multilayer perceptrons spend their time in, compiled for the machine it was installed on.
+
+An optional part. Where it was not built, was built for another processor, or cannot do what is asked (a GPU, float64,
+gradients by autograd, several threads, other activations), `trpo.networks` does the same with torch. `TRPO_NATIVE=0` in
+the environment leaves it out: two machines, or one with and one without a compiler, then round alike more often.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VERSION = 1  # of the functions in mlp.c, and of their arguments
+ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
+BLOCK = 128  # rows that mlp.c takes through all layers at a time
+MOST_LAYERS = 16
+
+_NUMBERS, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+_NETWORK = [ctypes.POINTER(_LONG), _INT]
+_SIGNATURES: dict[str, tuple[type | None, list]] = {
+    "mlp_workspace": (_LONG, [*_NETWORK, _LONG]),
+    "mlp_input": (_LONG, [*_NETWORK, _LONG, _INT]),
+    "mlp_weight": (_LONG, [*_NETWORK, _LONG, _INT]),
+    "mlp_padded": (_LONG, [_LONG]),
+    "mlp_forward": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _LONG, _INT, _NUMBERS, _NUMBERS]),
+    "mlp_jvp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
+    "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
+    "adam_step": (None, [_LONG, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _FLOAT, _FLOAT, _FLOAT, _FLOAT]),
+}
+
+
+def _built() -> str | None:
+    """The file that the installation compiled, if it did."""
+    spec = importlib.util.find_spec("trpo.native._mlp")
+    return None if spec is None or os.environ.get("TRPO_NATIVE") == "0" else spec.origin
+
+
+def _load(file: str | None) -> Any:
+    """The compiled functions of a file; None if there is none, or it is of another version or processor."""
+    if file is None:
+        return None
+    try:
+        library = ctypes.CDLL(file)
+        if library.mlp_version() != VERSION or not library.mlp_runs_here():
+            return None
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+_LIBRARY: Any = _load(_built())
+
+
+def available() -> bool:
+    """Whether the compiled functions are there and run on this processor."""
+    return _LIBRARY is not None
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the compiled functions may work on x [B, …]: float32 in host memory, no graph wanted, one thread."""
+    return (
+        _LIBRARY is not None
+        and x.dtype == torch.float32
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        # The number of rows last: asking for it while an exporter traces would make it a constant.
+        and (torch.get_num_threads() == 1 or len(x) <= BLOCK)
+    )
+
+
+class NativeMlp:
+    """The functions of mlp.c for one network.
+
+    Args:
+        layers: first to last; their parameters are read anew at each call.
+        activation: of `ACTIVATIONS`.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], activation: str):
+        self.layers = layers
+        self.input_dim, self.output_dim = layers[0].in_features, layers[-1].out_features
+        self._activation = ACTIVATIONS[activation]
+        widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+        self._network = ((_LONG * len(widths))(*widths), len(layers))
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Linear], activation: str) -> NativeMlp | None:
+        """None where mlp.c does not know the activation, or so many layers."""
+        return cls(layers, activation) if activation in ACTIVATIONS and len(layers) <= MOST_LAYERS else None
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether inputs x fit, and may be worked on."""
+        return x.dim() == 2 and x.shape[1] == self.input_dim and takes(x) and takes(self.layers[0].weight[:1])
+
+    def workspace(self, x: Tensor, rows: int) -> Tensor:
+        """Memory for what `forward` keeps of `rows` rows; of the kind of x."""
+        return x.new_empty(_LIBRARY.mlp_workspace(*self._network, rows))
+
+    def kept(self, workspace: Tensor, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of what `forward` kept: the inputs h [B, n] of all layers, and their weights W [m, n]."""
+        inputs, weights = [], []
+        for i, layer in enumerate(self.layers):
+            n, padded = layer.in_features, _LIBRARY.mlp_padded(layer.in_features)
+            size, m = (rows, padded), layer.out_features
+            inputs.append(workspace.as_strided(size, (padded, 1), _LIBRARY.mlp_input(*self._network, rows, i))[:, :n])
+            at = _LIBRARY.mlp_weight(*self._network, rows, i)
+            weights.append(workspace.as_strided((m, padded), (padded, 1), at)[:, :n])
+        return inputs, weights
+
+    def forward(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
+        """f(θ) [B, K] of x [B, D]; in a `workspace` for B rows, what `jvp` and `vjp` need is kept."""
+        x, rows = x.contiguous(), len(x)
+        keep = workspace is not None
+        work = workspace if workspace is not None else self.workspace(x, min(rows, BLOCK))
+        out = x.new_empty(rows, self.output_dim)
+        parameters = [p.data_ptr() for layer in self.layers for p in (layer.weight, layer.bias)]
+        pointers = (_NUMBERS * len(parameters))(*parameters)
+        _LIBRARY.mlp_forward(
+            *self._network, self._activation, pointers, x.data_ptr(), rows, keep, out.data_ptr(), work.data_ptr()
+        )
+        return out
+
+    def slope(self, h: Tensor) -> Tensor:
+        """σ′(z), from h = σ(z)."""
+        return 1 - h.square() if self._activation == ACTIVATIONS["tanh"] else (h > 0).to(h.dtype)
+
+    def jvp(self, v: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
+        """Jv, into `out` [B, K], for v [P]."""
+        v = v.contiguous()
+        _LIBRARY.mlp_jvp(*self._network, self._activation, v.data_ptr(), len(out), out.data_ptr(), workspace.data_ptr())
+        return out
+
+    def vjp(self, u: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
+        """Jᵀu, into `out` [P], for u [B, K]."""
+        u = u.contiguous()
+        _LIBRARY.mlp_vjp(*self._network, self._activation, u.data_ptr(), len(u), out.data_ptr(), workspace.data_ptr())
+        return out
+
+
+def adam_step(
+    theta: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    *,
+    betas: tuple[float, float],
+    epsilon: float,
+    rate: float,
+) -> None:
+    """θ ← θ − rate · m / (√s + ε) after m and s have taken in the gradient; all contiguous [P], in place."""
+    vectors = (theta, gradient, mean, square)
+    _LIBRARY.adam_step(len(theta), *(x.data_ptr() for x in vectors), *betas, epsilon, rate)

@@ -1,0 +1,339 @@
+/* A multilayer perceptron and the two products with its Jacobian, float32, one thread.
+ *
+ * The formulas are those of `trpo/networks.py`, which is also what the tests compare this file with. It is here because
+ * at TRPO's sizes (thousands of rows, layers of 64) a BLAS library spends most of its time around the arithmetic. Three
+ * things are different: all layers of a block of rows are done before the next block, so that what passes between
+ * layers stays in the first two levels of cache; bias and sums of two products start in the registers of the product;
+ * and nothing is allocated.
+ *
+ * Conventions. Row-major. Widths are padded with zeros to whole vectors, `pad(n)`, in everything that is not the
+ * caller's. Parameters come as W_0, b_0, W_1, b_1, …, W_l [n_{l+1}, n_l]; gradients and tangents as one vector in that
+ * order. Layer l maps h_l to z_{l+1} = h_l W_lᵀ + b_l, and h_{l+1} = σ(z_{l+1}) but for the last one.
+ */
+
+#include <math.h>
+#include <string.h>
+
+/* Numbers in a vector; vectors side by side and rows of them that fit into the registers as sums of products, if there
+ * are many columns (WIDE × TALL) or few (one or two × TALLER). */
+#if defined(__AVX512F__)
+enum { LANES = 16, WIDE = 4, TALL = 6, TALLER = 12 };
+#elif defined(__aarch64__)
+enum { LANES = 4, WIDE = 4, TALL = 6, TALLER = 12 };
+#elif defined(__AVX__)
+enum { LANES = 8, WIDE = 2, TALL = 6, TALLER = 12 };
+#else
+enum { LANES = 4, WIDE = 2, TALL = 6, TALLER = 12 };
+#endif
+
+enum { BLOCK = 128, MOST_LAYERS = 16 };
+enum { TANH = 0, RELU = 1 };
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef float vec_unaligned __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+
+static inline vec load(const float *p) { return *(const vec_unaligned *)p; }
+static inline void store(float *p, vec x) { *(vec_unaligned *)p = x; }
+static inline vec all(float x) { return (vec){0} + x; }
+static inline long pad(long n) { return (n + LANES - 1) / LANES * LANES; }
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+/* ------------------------------------------------------------------------------------------------ products ---- */
+
+/* C [rows, vecs · LANES] = init + Σ_k a(·, k) b(k, ·), all of C in registers; rows and vecs are compile-time constants.
+ * a(i, k) = a[i · a_row + k · a_col], so that A may be a transpose. init_row = 0 adds one row (a bias) to all; without
+ * `init` sums start at 0. */
+static inline __attribute__((always_inline)) void tile(
+    const int rows, const int vecs, long depth, const float *a, long a_row, long a_col, const float *b, long b_row,
+    const float *init, long init_row, float *c, long c_row)
+{
+    vec sum[TALLER][WIDE];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vecs; j++) sum[i][j] = init ? load(init + i * init_row + j * LANES) : all(0);
+    for (long k = 0; k < depth; k++) {
+        vec right[WIDE];
+        for (int j = 0; j < vecs; j++) right[j] = load(b + k * b_row + j * LANES);
+        for (int i = 0; i < rows; i++) {
+            const vec left = all(a[i * a_row + k * a_col]);
+            for (int j = 0; j < vecs; j++) sum[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vecs; j++) store(c + i * c_row + j * LANES, sum[i][j]);
+}
+
+/* A column of C, `vecs` wide, from the top to the bottom. */
+static inline __attribute__((always_inline)) void column(
+    const int tall, const int vecs, long rows, long depth, const float *a, long a_row, long a_col, const float *b,
+    long b_row, const float *init, long init_row, float *c, long c_row)
+{
+    long i = 0;
+#define TILE(n) tile(n, vecs, depth, a + i * a_row, a_row, a_col, b, b_row, init ? init + i * init_row : init, init_row, c + i * c_row, c_row)
+    for (; i + tall <= rows; i += tall) TILE(tall);
+    for (; i + 4 <= rows; i += 4) TILE(4);
+    for (; i + 2 <= rows; i += 2) TILE(2);
+    for (; i < rows; i++) TILE(1);
+#undef TILE
+}
+
+/* C [rows, cols] = init + A B for B [depth, cols], cols whole vectors. `init` may be C itself. */
+static void product(long rows, long cols, long depth, const float *a, long a_row, long a_col, const float *b,
+                    long b_row, const float *init, long init_row, float *c, long c_row)
+{
+    /* A slice of B that stays in the first level of cache while all of A passes by; if its rows lie far apart, they
+     * would get in each other's way there. */
+    float slice[BLOCK * WIDE * LANES] __attribute__((aligned(64)));
+    for (long k = 0; k == 0 || k < depth; k += BLOCK) {
+        const long deep = least(BLOCK, depth - k);
+        for (long j = 0; j < cols;) {
+            const long left = (cols - j) / LANES, vecs = left >= WIDE ? WIDE : left >= 2 ? 2 : 1, wide = vecs * LANES;
+            const float *right = b + k * b_row + j, *from = k ? c + j : init ? init + j : init;
+            long right_row = b_row;
+            if (cols > WIDE * LANES && rows > 2 * TALL) {
+                for (long d = 0; d < deep; d++)
+                    memcpy(slice + d * wide, right + d * b_row, sizeof(float) * (size_t)wide);
+                right = slice;
+                right_row = wide;
+            }
+#define COLUMN(tall, vecs) \
+    column(tall, vecs, rows, deep, a + k * a_col, a_row, a_col, right, right_row, from, k ? c_row : init_row, c + j, c_row)
+            if (vecs == WIDE) COLUMN(TALL, WIDE);
+            else if (vecs == 2) COLUMN(TALLER, 2);
+            else COLUMN(TALLER, 1);
+#undef COLUMN
+            j += wide;
+        }
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- activations ---- */
+
+/* Written for one number; the compiler does a vector of them at a time.
+ *
+ * tanh x = (e^{2x} − 1) / (e^{2x} + 1), and near 0, where that cancels, its power series; within 3 units in the last
+ * place. e^y = 2^n e^r with |r| ≤ ½ ln 2, its power series to the 7th. NaN passes. */
+static inline float tanh_(float x)
+{
+    const float limit = 9.1f; /* 1 − tanh is below half a unit there */
+    float y = x < -limit ? -limit : x;
+    y = 2 * (y > limit ? limit : y);
+    const float big = 12582912.0f; /* 1.5 · 2²³: a sum with it has no room for a fraction */
+    const float shifted = y * 1.44269504f + big, n = shifted - big;
+    const float r = y - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first one exact times n */
+    const float e_r = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 +
+                      r * (1.0f / 5040)))))));
+    union { float f; int i; } power = {shifted};
+    power.i = (power.i - 0x4b400000 + 127) << 23; /* big's own bits taken off, n is left: 2^n */
+    const float e = e_r * power.f, s = x * x;
+    const float near = x + x * s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315 + s * (62.0f / 2835 -
+                       s * (1382.0f / 155925)))));
+    return fabsf(x) < 0.3f ? near : (e - 1) / (e + 1);
+}
+
+static void activate(int activation, float *h, long count)
+{
+    if (activation == TANH)
+        for (long i = 0; i < count; i++) h[i] = tanh_(h[i]);
+    else
+        for (long i = 0; i < count; i++) h[i] = h[i] < 0 ? 0 : h[i];
+}
+
+/* t ← t σ′(z), from h = σ(z). */
+static void times_slope(int activation, const float *restrict h, float *restrict t, long count)
+{
+    if (activation == TANH)
+        for (long i = 0; i < count; i++) t[i] -= t[i] * h[i] * h[i];
+    else
+        for (long i = 0; i < count; i++) t[i] *= h[i] > 0 ? 1 : 0;
+}
+
+/* ------------------------------------------------------------------------------------------------- networks ---- */
+
+/* Where things lie in the caller's workspace, in floats. */
+typedef struct {
+    long n[MOST_LAYERS + 1];           /* widths */
+    long weight[MOST_LAYERS];          /* W_l    [n_{l+1}, pad(n_l)], for δ W */
+    long turned[MOST_LAYERS];          /* W_lᵀ   [n_l, pad(n_{l+1})], for h Wᵀ */
+    long turned_tangent[MOST_LAYERS];  /* the same of a tangent or, before it is put in order, gradient Σ δᵀh */
+    long bias[MOST_LAYERS], bias_tangent[MOST_LAYERS];
+    long input[MOST_LAYERS];           /* h_l    [rows, pad(n_l)] */
+    long block[2];                     /* two    [up to BLOCK, pad(widest)] */
+    long total;
+} Plan;
+
+static Plan plan(const long *widths, int layers, long rows)
+{
+    Plan p = {0};
+    long at = 0, widest = 0;
+    for (int l = 0; l <= layers; l++) {
+        p.n[l] = widths[l];
+        if (pad(widths[l]) > widest) widest = pad(widths[l]);
+    }
+#define PLACE(where, floats) (p.where = at, at += pad(floats))
+    for (int l = 0; l < layers; l++) {
+        const long in = pad(p.n[l]), out = pad(p.n[l + 1]);
+        PLACE(weight[l], in * out);
+        PLACE(turned[l], in * out);
+        PLACE(turned_tangent[l], in * out);
+        PLACE(bias[l], out);
+        PLACE(bias_tangent[l], out);
+        PLACE(input[l], rows * in);
+    }
+    for (int i = 0; i < 2; i++) PLACE(block[i], least(rows, BLOCK) * widest);
+#undef PLACE
+    p.total = at;
+    return p;
+}
+
+static void widen(const float *from, long rows, long cols, float *to)
+{
+    for (long i = 0; i < rows; i++) {
+        memcpy(to + i * pad(cols), from + i * cols, sizeof(float) * (size_t)cols);
+        memset(to + i * pad(cols) + cols, 0, sizeof(float) * (size_t)(pad(cols) - cols));
+    }
+}
+
+static void narrow(const float *from, long rows, long cols, float *to)
+{
+    for (long i = 0; i < rows; i++) memcpy(to + i * cols, from + i * pad(cols), sizeof(float) * (size_t)cols);
+}
+
+/* W [rows, cols] → Wᵀ [cols, pad(rows)] */
+static void turn(const float *from, long rows, long cols, float *to)
+{
+    for (long j = 0; j < cols; j++) {
+        for (long i = 0; i < rows; i++) to[j * pad(rows) + i] = from[i * cols + j];
+        for (long i = rows; i < pad(rows); i++) to[j * pad(rows) + i] = 0;
+    }
+}
+
+/* ∂/∂z of a layer's sum for a block of rows: c = bias + h Wᵀ, or with `add` c = c + h Wᵀ. */
+static void through(const Plan *p, int l, long rows, const float *h, const float *turned, const float *bias, float *c)
+{
+    const long out = pad(p->n[l + 1]);
+    product(rows, out, p->n[l], h, pad(p->n[l]), 1, turned, out, bias ? bias : c, bias ? 0 : out, c, out);
+}
+
+/* Of the functions here and their arguments: `trpo/native/__init__.py` has the same number. */
+int mlp_version(void) { return 1; }
+
+/* Whether this processor has the instructions that this file was compiled to. */
+int mlp_runs_here(void)
+{
+#if defined(__AVX512F__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 1;
+#endif
+}
+
+/* Floats of a workspace for so many rows, and where in it h_l [rows, pad(n_l)] and W_l [n_{l+1}, pad(n_l)] lie. */
+long mlp_workspace(const long *widths, int layers, long rows) { return plan(widths, layers, rows).total; }
+long mlp_input(const long *widths, int layers, long rows, int l) { return plan(widths, layers, rows).input[l]; }
+long mlp_weight(const long *widths, int layers, long rows, int l) { return plan(widths, layers, rows).weight[l]; }
+long mlp_padded(long width) { return pad(width); }
+
+/* f(θ) [rows, n_L] of x [rows, n_0]. With `keep`, what the products below need stays in the workspace of `rows` rows;
+ * without, one of BLOCK rows, or of as many as there are, is enough. */
+void mlp_forward(const long *widths, int layers, int activation, const float *const *parameters, const float *x,
+                 long rows, int keep, float *out, float *work)
+{
+    const Plan p = plan(widths, layers, keep ? rows : least(rows, BLOCK));
+    for (int l = 0; l < layers; l++) {
+        turn(parameters[2 * l], p.n[l + 1], p.n[l], work + p.turned[l]);
+        widen(parameters[2 * l + 1], 1, p.n[l + 1], work + p.bias[l]);
+        if (keep) widen(parameters[2 * l], p.n[l + 1], p.n[l], work + p.weight[l]);
+    }
+    for (long row = 0; row < rows; row += BLOCK) {
+        const long count = least(BLOCK, rows - row), at = keep ? row : 0;
+        widen(x + row * p.n[0], count, p.n[0], work + p.input[0] + at * pad(p.n[0]));
+        for (int l = 0; l < layers; l++) {
+            const int last = l == layers - 1;
+            const long width = pad(p.n[l + 1]);
+            float *z = last ? work + p.block[0] : work + p.input[l + 1] + at * width;
+            const float *h = work + p.input[l] + at * pad(p.n[l]);
+            through(&p, l, count, h, work + p.turned[l], work + p.bias[l], z);
+            if (!last) activate(activation, z, count * width);
+        }
+        narrow(work + p.block[0], count, p.n[layers], out + row * p.n[layers]);
+    }
+}
+
+/* Jv [rows, n_L] of a tangent v of the parameters: dz = h dWᵀ + dh Wᵀ + db. */
+void mlp_jvp(const long *widths, int layers, int activation, const float *v, long rows, float *out, float *work)
+{
+    const Plan p = plan(widths, layers, rows);
+    for (int l = 0; l < layers; l++) {
+        turn(v, p.n[l + 1], p.n[l], work + p.turned_tangent[l]);
+        v += p.n[l + 1] * p.n[l];
+        widen(v, 1, p.n[l + 1], work + p.bias_tangent[l]);
+        v += p.n[l + 1];
+    }
+    for (long row = 0; row < rows; row += BLOCK) {
+        const long count = least(BLOCK, rows - row);
+        float *tangent = work + p.block[0], *next = work + p.block[1];
+        for (int l = 0; l < layers; l++) {
+            const float *h = work + p.input[l] + row * pad(p.n[l]);
+            const long width = pad(p.n[l + 1]);
+            through(&p, l, count, h, work + p.turned_tangent[l], work + p.bias_tangent[l], next);
+            if (l) through(&p, l, count, tangent, work + p.turned[l], NULL, next);
+            if (l < layers - 1) times_slope(activation, work + p.input[l + 1] + row * width, next, count * width);
+            float *done = next;
+            next = tangent;
+            tangent = done;
+        }
+        narrow(tangent, count, p.n[layers], out + row * p.n[layers]);
+    }
+}
+
+/* Jᵀu, summed over rows, of u [rows, n_L]: dW = Σ δᵀh, db = Σ δ, δ ← (δ W) σ′. */
+void mlp_vjp(const long *widths, int layers, int activation, const float *u, long rows, float *out, float *work)
+{
+    const Plan p = plan(widths, layers, rows);
+    for (int l = 0; l < layers; l++) {
+        memset(work + p.turned_tangent[l], 0, sizeof(float) * (size_t)(p.n[l + 1] * pad(p.n[l])));
+        memset(work + p.bias_tangent[l], 0, sizeof(float) * (size_t)pad(p.n[l + 1]));
+    }
+    for (long row = 0; row < rows; row += BLOCK) {
+        const long count = least(BLOCK, rows - row);
+        float *delta = work + p.block[0], *next = work + p.block[1];
+        widen(u + row * p.n[layers], count, p.n[layers], delta);
+        for (int l = layers - 1; l >= 0; l--) {
+            const long in = pad(p.n[l]), width = pad(p.n[l + 1]);
+            const float *h = work + p.input[l] + row * in;
+            float *weight = work + p.turned_tangent[l], *bias = work + p.bias_tangent[l];
+            product(p.n[l + 1], in, count, delta, 1, width, h, in, weight, in, weight, in);
+            for (long j = 0; j < width; j += LANES) {
+                vec sum = load(bias + j);
+                for (long i = 0; i < count; i++) sum += load(delta + i * width + j);
+                store(bias + j, sum);
+            }
+            if (!l) break;
+            product(count, in, p.n[l + 1], delta, width, 1, work + p.weight[l], in, NULL, 0, next, in);
+            times_slope(activation, h, next, count * in);
+            float *done = next;
+            next = delta;
+            delta = done;
+        }
+    }
+    for (int l = 0; l < layers; l++) {
+        narrow(work + p.turned_tangent[l], p.n[l + 1], p.n[l], out);
+        out += p.n[l + 1] * p.n[l];
+        narrow(work + p.bias_tangent[l], 1, p.n[l + 1], out);
+        out += p.n[l + 1];
+    }
+}
+
+/* θ ← θ − rate · m / (√s + ε), m and s the decaying means of the gradient and of its square. */
+void adam_step(long count, float *theta, const float *gradient, float *mean, float *square, float beta1, float beta2,
+               float epsilon, float rate)
+{
+    for (long i = 0; i < count; i++) {
+        mean[i] += (1 - beta1) * (gradient[i] - mean[i]);
+        square[i] = beta2 * square[i] + (1 - beta2) * gradient[i] * gradient[i];
+        theta[i] -= rate * mean[i] / (sqrtf(square[i]) + epsilon);
+    }
+}
