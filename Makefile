@@ -47,4 +47,4 @@ lock:  ## new versions into requirements.lock; torch stays pinned by hand (see C
 	sed -e '/^trpo/d' -e '/^#/d' -e '/^$$/d' -e 's/^torch==.*/torch==2.13.0/' build/lock/lock.txt > requirements.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info trpo/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

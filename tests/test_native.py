@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import platform
 import shutil
 import subprocess
@@ -188,6 +189,76 @@ def test_torch_does_what_the_compiled_functions_cannot(monkeypatch: pytest.Monke
         assert isinstance(mlp.linearize(x[: native.BLOCK]), NativeLinearization)
         monkeypatch.setattr(native, "_LIBRARY", None)
         assert isinstance(mlp.linearize(x[: native.BLOCK]), MlpLinearization)
+
+
+@needs_native
+@torch.no_grad()
+def test_what_does_not_fit_is_an_error_before_c_sees_it() -> None:
+    mlp, _ = pair((3, 20, 2))
+    linearization = mlp.linearize(randn(50, 3).float())
+    v, u = randn(mlp.layout.total).float(), randn(50, 2).float()
+    for call, wrong in (
+        (linearization.jvp, (v[:-1], v.double(), v[None])),
+        (linearization.vjp, (u[:-1], u.double(), u[:, 0])),
+        (linearization.kronecker_factors, (u[:-1], u.double())),
+        (linearization.move, (randn(51, 3).float(), randn(50, 3), randn(50, 2).float())),
+    ):
+        for x in wrong:
+            with pytest.raises(ValueError, match="not float32"):
+                call(x)  # type: ignore[operator]
+    mlp.double()
+    with pytest.raises(ValueError, match="the network's parameters are no longer"):
+        linearization.move(randn(50, 3).float())
+
+
+@needs_native
+@torch.no_grad()
+def test_parameters_that_lie_otherwise_or_are_made_on_the_way_are_left_to_torch() -> None:
+    x = randn(50, 3)
+    mlp, exact = pair((3, 20, 2))
+    mlp.linears[0].weight.data = mlp.linears[0].weight.T.contiguous().T
+    assert relative_error(mlp(x.float()).double(), exact(x)) <= TOLERANCE
+    assert isinstance(mlp.linearize(x.float()), MlpLinearization)
+    mlp, exact = pair((3, 20, 2))
+    torch.nn.utils.parametrizations.weight_norm(mlp.linears[1])
+    assert relative_error(mlp(x.float()).double(), exact(x)) <= TOLERANCE
+    mlp, _ = pair((3, 20, 2))
+    mlp.linears[1].double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        mlp(x.float())
+
+
+@torch.no_grad()
+def test_a_network_can_be_pickled_and_copied() -> None:
+    mlp, _ = pair((3, 20, 2))
+    x = randn(5, 3).float()
+    for other in (pickle.loads(pickle.dumps(mlp)), copy.deepcopy(mlp)):
+        assert torch.equal(other(x), mlp(x))
+        other.linears[0].weight.mul_(2)
+        assert not torch.equal(other(x), mlp(x))  # it reads parameters of its own
+
+
+@pytest.mark.usefixtures("machine")
+@torch.no_grad()
+def test_adam_takes_the_steps_of_torchs() -> None:
+    theta, mean, square = (torch.zeros(1000) for _ in range(3))
+    parameter = torch.nn.Parameter(torch.zeros(1000, dtype=torch.float64))
+    optimizer = torch.optim.Adam([parameter], lr=1e-3, eps=1e-8)
+    for step in range(1, 21):
+        gradient = randn(1000, seed=step)
+        parameter.grad = gradient
+        optimizer.step()
+        correction = math.sqrt(1 - 0.999**step)
+        native.adam_step(
+            theta, gradient.float(), mean, square,
+            betas=(0.9, 0.999), epsilon=1e-8 * correction, rate=1e-3 * correction / (1 - 0.9**step),
+        )  # fmt: skip
+    # Twenty steps of 1e-3, each rounded to float32.
+    torch.testing.assert_close(theta.double(), parameter.detach(), rtol=0, atol=20e-3 * 1e-5)
+    strided = torch.zeros(2000)[::2]
+    assert native.takes_vectors(theta, mean, square) or not native.available()
+    for other in (strided, theta[:-1], theta.double(), theta[:, None]):
+        assert not native.takes_vectors(theta, other)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no compiler")

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from trpo.native import NativeMlp
+from trpo.native import NativeMlp, checked
 from trpo.parameters import Layout
 
 
@@ -74,8 +74,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D] → [B, K]."""
-        if self.native is not None and self.native.takes(x):
-            return self.native.forward(x)
+        if self.native is not None and self.native.fits(x) and (out := self.native.forward(x)) is not None:
+            return out
         act = ACTIVATIONS[self.activation][0]
         *hidden, head = self._linears
         for layer in hidden:
@@ -85,7 +85,7 @@ class MLP(nn.Module):
     @torch.no_grad()
     def linearize(self, x: Tensor) -> ClosedForm:
         """Closed-form linearisation at the current θ for inputs x [B, D]; later changes of θ do not touch it."""
-        if self.native is not None and self.native.takes(x):
+        if self.native is not None and self.native.fits(x) and self.native.readable():
             return NativeLinearization(self.native, self.layout.total, x)
         return MlpLinearization(self, x)
 
@@ -155,24 +155,32 @@ class NativeLinearization:
     def __init__(self, native: NativeMlp, parameters: int, x: Tensor):
         self._native = native
         self._parameters = parameters
+        self._shape = x.shape
         self._workspace = native.workspace(x, len(x))
         self.move(x)
 
+    @torch.no_grad()
     def move(self, x: Tensor) -> None:
         """Linearises anew, at the network's present θ and other inputs x of the same shape [B, D]."""
-        self.output = self._native.forward(x, self._workspace)
+        output = self._native.forward(checked(x, self._shape, "x"), self._workspace)
+        if output is None:
+            raise ValueError("the network's parameters are no longer what this linearisation was made for")
+        self.output = output
 
     def jvp(self, v: Tensor) -> Tensor:
         """Jv [B, K] for v [P]."""
+        v = checked(v, (self._parameters,), "v")
         return self._native.jvp(v, torch.empty_like(self.output), self._workspace)
 
     def vjp(self, u: Tensor) -> Tensor:
         """Jᵀu [P] for u [B, K]."""
+        u = checked(u, self.output.shape, "u")
         return self._native.vjp(u, u.new_empty(self._parameters), self._workspace)
 
     @torch.no_grad()
     def kronecker_factors(self, u: Tensor) -> list[Factors]:
         """Σ h̃h̃ᵀ and Σ δδᵀ of every layer, first to last, for output cotangents u [B, K]."""
+        u = checked(u, self.output.shape, "u")
         inputs, weights = self._native.kept(self._workspace, len(u))
         return _kronecker_factors(u, inputs, weights, [self._native.slope(h) for h in inputs[1:]])
 

@@ -159,8 +159,8 @@ class Trainer:
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
-        if self.device.type == "cpu" and self.config.dtype == "float32" and not native.available():
-            self._say("note: without its compiled part updates take twice as long; reinstall trpo with a C compiler")
+        if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
+            self._say("note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler")
         if self.env is not None and not self.env.exact_resume:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 
@@ -312,6 +312,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self.group.assert_equal(self.agent.policy.theta.vector, "the policy")
+        self.group.assert_equal(self.agent.value.theta.vector, "the value function")
         state = self._state()
         if not self.group.leads:
             return

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
-from trpo.native import adam_step, takes
+from trpo.native import adam_step, takes_vectors
 from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
 from trpo.networks import MLP, ClosedForm
 from trpo.parameters import FlatParameters
@@ -179,7 +179,7 @@ class Adam:
         # Both sides of the fraction times √(1 − β₂ᵗ): one pass less over the vector.
         correction = math.sqrt(1 - beta2**self.steps)
         epsilon, rate = self.epsilon * correction, learning_rate * correction / (1 - beta1**self.steps)
-        if takes(theta[:1]):
+        if takes_vectors(theta, gradient, self._mean, self._square):
             adam_step(theta, gradient, self._mean, self._square, betas=self.betas, epsilon=epsilon, rate=rate)
             return
         self._mean.lerp_(gradient, 1 - beta1)

@@ -147,9 +147,9 @@ class VectorEnvAdapter:
         target[:] = rows
 
     def _check_finite(self, values: Array, what: str) -> None:
-        bad = ~np.isfinite(values).reshape(self.num_envs, -1).all(axis=1)
-        if bad.any():
-            i = int(np.flatnonzero(bad)[0])
+        finite = np.isfinite(values)
+        if not finite.all():
+            i = int(np.flatnonzero(~finite.reshape(self.num_envs, -1).all(axis=1))[0])
             raise EnvError(
                 f"environment {i} gave {what} that is not finite ({values[i].tolist()}) at step {self._steps}: "
                 "fix it in the environment, nothing downstream has used the value"

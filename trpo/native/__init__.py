@@ -3,6 +3,8 @@
 An optional part. Where it was not built, was built for another processor, or cannot do what is asked (a GPU, float64,
 gradients by autograd, several threads, other activations), `trpo.networks` does the same with torch. `TRPO_NATIVE=0` in
 the environment leaves it out: two machines, or one with and one without a compiler, then round alike more often.
+
+C believes what it is told of a tensor's size and kind, so everything is looked at here first.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SWITCHED_OFF = os.environ.get("TRPO_NATIVE") == "0"
 VERSION = 1  # of the functions in mlp.c, and of their arguments
 ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
 BLOCK = 128  # rows that mlp.c takes through all layers at a time
@@ -38,7 +41,7 @@ _SIGNATURES: dict[str, tuple[type | None, list]] = {
 def _built() -> str | None:
     """The file that the installation compiled, if it did."""
     spec = importlib.util.find_spec("trpo.native._mlp")
-    return None if spec is None or os.environ.get("TRPO_NATIVE") == "0" else spec.origin
+    return None if spec is None or SWITCHED_OFF else spec.origin
 
 
 def _load(file: str | None) -> Any:
@@ -66,16 +69,31 @@ def available() -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the compiled functions may work on x [B, …]: float32 in host memory, no graph wanted, one thread."""
+    """Whether the compiled functions may work on x [B, …]: of a kind they know, no graph wanted, one thread."""
+    # The number of rows last: asking for it while an exporter traces would make it a constant.
+    return _wanted() and _plain(x) and (torch.get_num_threads() == 1 or len(x) <= BLOCK)
+
+
+def _wanted() -> bool:
+    """Whether nobody looks at the operations themselves, to differentiate, compile or export them."""
     return (
         _LIBRARY is not None
-        and x.dtype == torch.float32
-        and x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        # The number of rows last: asking for it while an exporter traces would make it a constant.
-        and (torch.get_num_threads() == 1 or len(x) <= BLOCK)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
+
+
+def _plain(x: Tensor) -> bool:
+    """float32 numbers in host memory, which no subclass stands for."""
+    return x.dtype is torch.float32 and x.is_cpu and type(x) in (Tensor, nn.Parameter)
+
+
+def checked(x: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """x row after row in memory; ValueError unless it is plain and of this shape."""
+    if x.shape != torch.Size(shape) or not _plain(x):
+        raise ValueError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}, not float32 {list(shape)} on the CPU")
+    return x.contiguous()
 
 
 class NativeMlp:
@@ -88,19 +106,34 @@ class NativeMlp:
 
     def __init__(self, layers: Sequence[nn.Linear], activation: str):
         self.layers = layers
+        self.activation = activation
         self.input_dim, self.output_dim = layers[0].in_features, layers[-1].out_features
         self._activation = ACTIVATIONS[activation]
         widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
         self._network = ((_LONG * len(widths))(*widths), len(layers))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NativeMlp, (self.layers, self.activation)  # ctypes' arrays cannot be pickled
 
     @classmethod
     def of(cls, layers: Sequence[nn.Linear], activation: str) -> NativeMlp | None:
         """None where mlp.c does not know the activation, or so many layers."""
         return cls(layers, activation) if activation in ACTIVATIONS and len(layers) <= MOST_LAYERS else None
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether inputs x fit, and may be worked on."""
-        return x.dim() == 2 and x.shape[1] == self.input_dim and takes(x) and takes(self.layers[0].weight[:1])
+    def fits(self, x: Tensor) -> bool:
+        """Whether x are inputs of this network that may be worked on."""
+        return x.dim() == 2 and x.shape[1] == self.input_dim and takes(x)
+
+    def readable(self) -> bool:
+        """Whether mlp.c can read the parameters as they are now."""
+        return self._parameters() is not None
+
+    def _parameters(self) -> list[Tensor] | None:
+        """W and b of each layer, first to last, if mlp.c can read them."""
+        # Not by attributes, which for a module cost as much as a small product.
+        found = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
+        usable = len(found) == 2 * len(self.layers) and all(_plain(p) and p.is_contiguous() for p in found)
+        return list(found) if usable else None
 
     def workspace(self, x: Tensor, rows: int) -> Tensor:
         """Memory for what `forward` keeps of `rows` rows; of the kind of x."""
@@ -117,16 +150,26 @@ class NativeMlp:
             weights.append(workspace.as_strided((m, padded), (padded, 1), at)[:, :n])
         return inputs, weights
 
-    def forward(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
-        """f(θ) [B, K] of x [B, D]; in a `workspace` for B rows, what `jvp` and `vjp` need is kept."""
+    def forward(self, x: Tensor, workspace: Tensor | None = None) -> Tensor | None:
+        """f(θ) [B, K] of plain x [B, D], or None where mlp.c cannot read the parameters.
+
+        In a `workspace` for B rows, what `jvp` and `vjp` need is kept.
+        """
+        parameters = self._parameters()
+        if parameters is None:
+            return None
         x, rows = x.contiguous(), len(x)
-        keep = workspace is not None
-        work = workspace if workspace is not None else self.workspace(x, min(rows, BLOCK))
+        work = self.workspace(x, min(rows, BLOCK)) if workspace is None else workspace
         out = x.new_empty(rows, self.output_dim)
-        parameters = [p.data_ptr() for layer in self.layers for p in (layer.weight, layer.bias)]
-        pointers = (_NUMBERS * len(parameters))(*parameters)
         _LIBRARY.mlp_forward(
-            *self._network, self._activation, pointers, x.data_ptr(), rows, keep, out.data_ptr(), work.data_ptr()
+            *self._network,
+            self._activation,
+            (_NUMBERS * len(parameters))(*[p.data_ptr() for p in parameters]),
+            x.data_ptr(),
+            rows,
+            workspace is not None,
+            out.data_ptr(),
+            work.data_ptr(),
         )
         return out
 
@@ -135,16 +178,20 @@ class NativeMlp:
         return 1 - h.square() if self._activation == ACTIVATIONS["tanh"] else (h > 0).to(h.dtype)
 
     def jvp(self, v: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
-        """Jv, into `out` [B, K], for v [P]."""
-        v = v.contiguous()
+        """Jv, into `out` [B, K], for a checked v [P]."""
         _LIBRARY.mlp_jvp(*self._network, self._activation, v.data_ptr(), len(out), out.data_ptr(), workspace.data_ptr())
         return out
 
     def vjp(self, u: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
-        """Jᵀu, into `out` [P], for u [B, K]."""
-        u = u.contiguous()
+        """Jᵀu, into `out` [P], for a checked u [B, K]."""
         _LIBRARY.mlp_vjp(*self._network, self._activation, u.data_ptr(), len(u), out.data_ptr(), workspace.data_ptr())
         return out
+
+
+def takes_vectors(*vectors: Tensor) -> bool:
+    """Whether `adam_step` may work on these."""
+    size = vectors[0].shape
+    return _wanted() and len(size) == 1 and all(_plain(x) and x.shape == size and x.is_contiguous() for x in vectors)
 
 
 def adam_step(
@@ -157,6 +204,6 @@ def adam_step(
     epsilon: float,
     rate: float,
 ) -> None:
-    """θ ← θ − rate · m / (√s + ε) after m and s have taken in the gradient; all contiguous [P], in place."""
+    """θ ← θ − rate · m / (√s + ε) after m and s have taken in the gradient; all [P] of `takes_vectors`, in place."""
     vectors = (theta, gradient, mean, square)
     _LIBRARY.adam_step(len(theta), *(x.data_ptr() for x in vectors), *betas, epsilon, rate)

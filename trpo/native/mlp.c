@@ -14,6 +14,10 @@
 #include <math.h>
 #include <string.h>
 
+#if defined(__ARM_FEATURE_SVE) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 /* Numbers in a vector; vectors side by side and rows of them that fit into the registers as sums of products, if there
  * are many columns (WIDE × TALL) or few (one or two × TALLER). */
 #if defined(__AVX512F__)
@@ -68,7 +72,9 @@ static inline __attribute__((always_inline)) void column(
     long b_row, const float *init, long init_row, float *c, long c_row)
 {
     long i = 0;
-#define TILE(n) tile(n, vecs, depth, a + i * a_row, a_row, a_col, b, b_row, init ? init + i * init_row : init, init_row, c + i * c_row, c_row)
+#define TILE(n)                                                                                                      \
+    tile(n, vecs, depth, a + i * a_row, a_row, a_col, b, b_row, init ? init + i * init_row : init, init_row,         \
+         c + i * c_row, c_row)
     for (; i + tall <= rows; i += tall) TILE(tall);
     for (; i + 4 <= rows; i += 4) TILE(4);
     for (; i + 2 <= rows; i += 2) TILE(2);
@@ -95,8 +101,9 @@ static void product(long rows, long cols, long depth, const float *a, long a_row
                 right = slice;
                 right_row = wide;
             }
-#define COLUMN(tall, vecs) \
-    column(tall, vecs, rows, deep, a + k * a_col, a_row, a_col, right, right_row, from, k ? c_row : init_row, c + j, c_row)
+#define COLUMN(tall, vecs)                                                                                           \
+    column(tall, vecs, rows, deep, a + k * a_col, a_row, a_col, right, right_row, from, k ? c_row : init_row, c + j, \
+           c_row)
             if (vecs == WIDE) COLUMN(TALL, WIDE);
             else if (vecs == 2) COLUMN(TALLER, 2);
             else COLUMN(TALLER, 1);
@@ -207,7 +214,7 @@ static void turn(const float *from, long rows, long cols, float *to)
     }
 }
 
-/* ∂/∂z of a layer's sum for a block of rows: c = bias + h Wᵀ, or with `add` c = c + h Wᵀ. */
+/* A layer, for a block of rows: c = bias + h Wᵀ, or without `bias` c = c + h Wᵀ. */
 static void through(const Plan *p, int l, long rows, const float *h, const float *turned, const float *bias, float *c)
 {
     const long out = pad(p->n[l + 1]);
@@ -225,6 +232,10 @@ int mlp_runs_here(void)
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVX2__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__AVX__)
+    return __builtin_cpu_supports("avx");
+#elif defined(__ARM_FEATURE_SVE) && defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_SVE) != 0;
 #else
     return 1;
 #endif
@@ -328,8 +339,8 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
 }
 
 /* θ ← θ − rate · m / (√s + ε), m and s the decaying means of the gradient and of its square. */
-void adam_step(long count, float *theta, const float *gradient, float *mean, float *square, float beta1, float beta2,
-               float epsilon, float rate)
+void adam_step(long count, float *restrict theta, const float *restrict gradient, float *restrict mean,
+               float *restrict square, float beta1, float beta2, float epsilon, float rate)
 {
     for (long i = 0; i < count; i++) {
         mean[i] += (1 - beta1) * (gradient[i] - mean[i]);
