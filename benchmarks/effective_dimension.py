@@ -2,7 +2,7 @@
 
     python benchmarks/effective_dimension.py [--task swimmer --task humanoid …] [--updates 50]
 
-Trains each task for some updates, collects one batch more and estimates d(λ) for several λ
+Trains Gaussian policies for some updates, collects one batch more and estimates d(λ) for several λ
 (`trpo/natural_gradient/effective_dimension.py`). Writes benchmarks/effective_dimension.json and .md.
 """
 
@@ -27,7 +27,7 @@ PROBES = 4
 
 
 def measure(task: str, updates: int) -> dict[str, Any]:
-    config = load_config(HERE.parent / "configs" / f"{task}.yaml", ["evaluation.every_steps=0"])
+    config = load_config(HERE.parent / "configs" / f"{task}.yaml", ["evaluation.every_steps=0", "policy.bins=null"])
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(config, root=root, console=False)
         trainer.train(max_updates=updates)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
 from helpers import randn, seeded
 
+import trpo.agent
 from trpo.advantages import gae, standardize
 from trpo.agent import Agent
-from trpo.batch import Rollout
+from trpo.batch import Batch, Rollout
 from trpo.config import Config
 from trpo.distributed import join_group
 from trpo.errors import EnvError
+from trpo.natural_gradient import StepReport, trust_region_step
+from trpo.policy import Policy
 from trpo.timers import PhaseTimers
+from trpo.value import explained_variance
 
 CPU = torch.device("cpu")
 STEPS, ENVS, OBS, ACTIONS = 12, 4, 3, 2
@@ -34,7 +41,7 @@ def make_agent(
             "batch_size": STEPS * ENVS,
             "normalize": {"rewards": False},
             "gae": gae_settings,
-            "policy": policy or {},
+            "policy": {"bins": None, **(policy or {})},  # rollouts have actions of any size
             "value": value or {},
             "natural_gradient": natural_gradient or {},
         }
@@ -93,6 +100,17 @@ def test_left_alone_the_lambda_of_targets_follows_the_discount(gamma: float, val
     torch.testing.assert_close(followed, given, rtol=0, atol=1e-12)  # 1 − ½√(1 − γ) is computed
 
 
+@pytest.mark.parametrize(
+    ("gamma", "first", "last"), [(0.5, 1 - 0.5**0.5, 0.0), (0.99, 0.9, 0.8), (0.9999, 0.99, 0.98), (1.0, 1.0, 1.0)]
+)
+def test_left_alone_the_lambda_of_advantages_follows_the_discount(gamma: float, first: float, last: float) -> None:
+    rollout, agent = make_rollout(), make_agent(gamma=gamma)
+    for progress, lambda_ in [(0.0, first), (1.0, last)]:
+        followed, _, _ = agent.prepare(rollout, progress=progress)
+        given, _, _ = make_agent(gamma=gamma, **{"lambda": lambda_}).prepare(rollout, progress=progress)
+        torch.testing.assert_close(followed.advantage, given.advantage, rtol=0, atol=1e-12)  # a root is computed
+
+
 def test_advantages_are_estimated_with_the_average_of_the_fits() -> None:
     agent, rollout = make_agent(value={"ema_decay": 0.5}), make_rollout()
     fits = []
@@ -104,6 +122,31 @@ def test_advantages_are_estimated_with_the_average_of_the_fits() -> None:
     obs = agent.policy.normalizer(rollout.obs).flatten(0, 1)
     torch.testing.assert_close(value, agent.value(obs).detach(), rtol=0, atol=1e-12)  # lerp rounds otherwise
     assert not torch.equal(fits[0], fits[1])
+
+
+@pytest.mark.parametrize("fit_first", [False, True])
+def test_the_policy_learns_from_advantages_by_values_fitted_before_or_after(
+    fit_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, rollout = make_agent(value={"fit_first": fit_first}), make_rollout()
+    seen: list[Batch] = []
+
+    def observed(policy: Policy, batch: Batch, **settings: Any) -> StepReport:
+        seen.append(batch)
+        return trust_region_step(policy, batch, **settings)
+
+    monkeypatch.setattr(trpo.agent, "trust_region_step", observed)
+    before, target, predicted = agent.prepare(rollout, progress=0.0)
+    normalizer = copy.deepcopy(agent.policy.normalizer)
+    report = agent.update(rollout, progress=0.0, timers=PhaseTimers())
+    agent.policy.normalizer = normalizer  # its statistics have moved since
+    after, _, _ = agent.prepare(rollout, progress=0.0)
+    (used,) = seen
+    assert torch.equal(used.advantage, (after if fit_first else before).advantage)
+    assert not torch.equal(after.advantage, before.advantage)
+    # Either way the targets are those of V before the fit, and so is what it is said to have explained.
+    assert report.fit.loss_before == pytest.approx(float((predicted - target).square().mean()))
+    assert report.explained_variance_before == pytest.approx(explained_variance(predicted, target))
 
 
 def test_the_discount_moves_with_progress_and_neither_the_scale_of_rewards_nor_the_lambda_of_targets_does() -> None:

@@ -228,7 +228,7 @@ TEXT_ERRORS = {
     "std bounds crossed": ("policy: {std: {min: 30}}", "2: policy.std.min: must be below max 20.0, not 30.0"),
     "std of a Gaussian for bins": (
         "policy:\n  bins: 11\n  std: {initial: 0.6, min: 0.05}",
-        "3: policy.bins: must be null where policy.std gives more than initial: the rest is a Gaussian's",
+        "3: policy.bins: must be null, for a Gaussian policy, where policy.std gives more than initial",
     ),
     "a preconditioner without damping": (
         "natural_gradient:\n  preconditioner: kronecker\n  damping: 0",
@@ -463,7 +463,7 @@ configs = st.fixed_dictionaries(
         "name": st.from_regex(r"[A-Za-z0-9_.-]+", fullmatch=True),
         "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
         "policy": st.builds(
-            dict, hidden_sizes=st.lists(st.integers(min_value=1)), std=positive | schedule | learned_std
+            dict, hidden_sizes=st.lists(st.integers(min_value=1)), std=positive | schedule | learned_std, bins=st.none()
         ),
         "gae": st.builds(lambda gamma, lambda_: {"gamma": gamma, "lambda": lambda_}, share, share),
         "natural_gradient": st.builds(dict, max_kl=positive | schedule, damping=positive),

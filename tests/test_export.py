@@ -57,7 +57,7 @@ def test_the_model_acts_as_the_policy_for_any_number_of_observations(space, tmp_
 def test_bounds_of_a_float64_space_hold_for_a_float32_network(tmp_path):
     """0.1 and 0.3 are no float32 numbers: clipping in float32 would leave the space."""
     space = spaces.Box(np.array([0.1, -1.0]), np.array([0.3, 1.0]), dtype=np.float64)
-    changes: dict[str, Any] = {"hidden_sizes": (), "std": {"state_dependent": True}}
+    changes: dict[str, Any] = {"hidden_sizes": (), "bins": None, "std": {"state_dependent": True}}
     policy = saved_policy(tmp_path / "policy", config_for(policy=changes), OBS_DIM, space)
     export_onnx(policy, tmp_path / "policy.onnx")
     obs = np.random.default_rng(0).normal(0.5, 10.0, (50, OBS_DIM)).astype(np.float32)

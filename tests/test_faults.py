@@ -35,7 +35,7 @@ import trpo.trainer
 from trpo.checkpoint import checkpoint_paths, load_state
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
-from trpo.distributions import DiagonalGaussian
+from trpo.distributions import Ordinal
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
 from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
 from trpo.random_streams import stream_seed
@@ -341,8 +341,8 @@ def test_ant_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
 PHASES: dict[str, tuple[Any, str]] = {
     "rollout": (trpo.collector.Collector, "_episodes"),
     "advantages": (trpo.agent, "gae"),
-    "fisher product": (DiagonalGaussian, "metric"),
-    "line search": (DiagonalGaussian, "kl"),
+    "fisher product": (Ordinal, "metric"),
+    "line search": (Ordinal, "kl"),
     "evaluation": (trpo.trainer, "evaluate"),
     "saving": (trpo.checkpoint, "sync_directory"),
 }
@@ -705,11 +705,11 @@ def test_numbers_that_break_down_cost_their_update_and_are_named(
     method, spoil, reason = NUMERICS[where]
     trainer = trainer_of(config("Pendulum-v1", total_steps=480, evaluation={"every_steps": 0}), tmp_path)
     theta = trainer.agent.policy.theta.vector
-    original = getattr(DiagonalGaussian, method)
+    original = getattr(Ordinal, method)
     updates_of(trainer, 1)
     moved, value = theta.clone(), trainer.agent.value.theta.vector.clone()
     with monkeypatch.context() as patch:
-        patch.setattr(DiagonalGaussian, method, lambda *args: spoil(original(*args)))
+        patch.setattr(Ordinal, method, lambda *args: spoil(original(*args)))
         updates_of(trainer, 2)
     assert theta.numpy().tobytes() == moved.numpy().tobytes()
     assert not torch.equal(trainer.agent.value.theta.vector, value)  # V goes on learning
@@ -730,9 +730,9 @@ def test_too_many_broken_updates_in_a_row_end_the_run(where: str, tmp_path: Path
     quiet: dict[str, Any] = {"evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}}
     settings = config("Pendulum-v1", natural_gradient={"abort_after": 2}, **quiet)
     run = train(settings, tmp_path, max_updates=1).directory
-    original = getattr(DiagonalGaussian, method)
+    original = getattr(Ordinal, method)
     with monkeypatch.context() as patch:
-        patch.setattr(DiagonalGaussian, method, lambda *args: spoil(original(*args)))
+        patch.setattr(Ordinal, method, lambda *args: spoil(original(*args)))
         message = rf"2 updates in a row broke down \(last: {reason}\).*{run}"
         with pytest.raises(TrainingError, match=message):
             resume(run)
@@ -808,7 +808,7 @@ def test_uncommon_spaces_train_save_and_act(
         "Spaces-v0",
         gymnasium.envs.registration.EnvSpec("Spaces-v0", lambda: Plain(1.0, 5, observation, action)),
     )
-    settings = config("Spaces-v0", total_steps=192, policy={"std": 3.0}, evaluation={"every_steps": 0})
+    settings = config("Spaces-v0", total_steps=192, policy={"bins": None, "std": 3.0}, evaluation={"every_steps": 0})
     trainer = trainer_of(settings, tmp_path)
     environment = trainer.env._shard._envs[0].unwrapped
     rollout, _ = trainer.collector.collect()

@@ -165,7 +165,7 @@ def test_build_policy_fits_its_spaces(settings: dict[str, Any], space: spaces.Sp
 @pytest.mark.parametrize("state_dependent", [False, True])
 def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> None:
     policy = build_policy(
-        config(std={"state_dependent": state_dependent, "initial": 0.5, "min": 0.1, "max": 3.0}),
+        config(bins=None, std={"state_dependent": state_dependent, "initial": 0.5, "min": 0.1, "max": 3.0}),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),
@@ -197,7 +197,7 @@ def test_an_ordinal_policy_starts_near_a_gaussian_of_the_initial_std() -> None:
 
 def test_a_given_std_is_what_it_is_set_to_and_no_parameter() -> None:
     policy = build_policy(
-        config(std={"start": 0.5, "end": 0.1}),
+        config(bins=None, std={"start": 0.5, "end": 0.1}),
         spaces.Box(-1, 1, (OBS_DIM,)),
         spaces.Box(-1, 1, (2,)),
         generator=seeded(),

@@ -128,7 +128,7 @@ def test_samples_of_a_box_are_mean_plus_std_times_noise_clipped(tmp_path):
     policy = saved(
         tmp_path,
         "box",
-        policy={"hidden_sizes": [8, 8], "std": dict(zip(("min", "max"), bounds, strict=True))},
+        policy={"hidden_sizes": [8, 8], "bins": None, "std": dict(zip(("min", "max"), bounds, strict=True))},
     )
     obs = observations()
     raw = load_state(policy.path)["policy"]["network.raw_log_std"].numpy()

@@ -46,7 +46,7 @@ def test_a_closed_trainer_does_not_train_on(tmp_path: Path) -> None:
 
 def test_a_given_std_acts_from_its_first_value_to_its_last(tmp_path: Path) -> None:
     acted = []
-    with closing(trainer(tmp_path, std={"start": 0.5, "end": 0.1})) as source:
+    with closing(trainer(tmp_path, bins=None, std={"start": 0.5, "end": 0.1})) as source:
         collect = source.collector.collect
 
         def observed() -> Any:

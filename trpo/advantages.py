@@ -56,14 +56,18 @@ def gae(
     return advantage, advantage + value
 
 
-def target_lambda(gamma: float) -> float:
-    """λ = 1 − ½√(1 − γ) of value targets, so that they look 2√H steps ahead where the discount looks H = 1/(1 − γ).
+def horizon_lambda(gamma: float, factor: float) -> float:
+    """λ = 1 − c√(1 − γ), at least 0: looks √H/c steps ahead where the discount looks H = 1/(1 − γ).
 
-    What V does not yet know of H steps travels 1/(1 − λ) steps an update, so that learning it takes H(1 − λ) updates,
-    while the noise of a target grows with the 1/(1 − λ) rewards in it. Their sum is least where 1/(1 − λ) ∝ √H. The
-    factor makes it 0.95 for γ = 0.99.
+    For value targets: what V does not yet know of H steps travels 1/(1 − λ) steps an update, so that learning it takes
+    H(1 − λ) updates, while the noise of a target grows with the 1/(1 − λ) rewards in it. Their sum is least where
+    1/(1 − λ) ∝ √H. For advantages: the error of V that is let in, against the same noise.
+
+    Args:
+        gamma: γ ∈ [0, 1].
+        factor: c; ½ for value targets makes λ 0.95 for γ = 0.99, 1 and 2 for advantages 0.9 and 0.8.
     """
-    return 1 - 0.5 * math.sqrt(1 - gamma)
+    return max(0.0, 1 - factor * math.sqrt(1 - gamma))
 
 
 def standardize(advantage: Tensor, all_sum: AllSum = one_process) -> Tensor:

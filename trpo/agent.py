@@ -5,7 +5,7 @@ No environments, files or signals here: an agent turns rollouts into better poli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from trpo.advantages import gae, standardize, target_lambda
+from trpo.advantages import gae, horizon_lambda, standardize
 from trpo.batch import Batch, Rollout
 from trpo.config import Config, LearnedStdConfig
 from trpo.distributed import Group
@@ -77,8 +77,6 @@ class Agent:
             clip=config.normalize.clip_rewards,
             enabled=config.normalize.rewards,
         ).to(device)
-        given = config.gae.value_lambda
-        self.value_lambda = target_lambda(value_at(config.gae.gamma, 0.0)) if given is None else given
         self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
         self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
         self.value_fit = self._value_fit()
@@ -105,7 +103,12 @@ class Agent:
         """
         config, all_sum = self.config, self.group.all_sum
         with timers("advantages"):
-            batch, target, value_before = self.prepare(rollout, progress=progress)
+            samples = self.scale(rollout)
+            batch, target, value_before = self.estimate(samples, progress=progress)
+        if config.value.fit_first:
+            fit = self._fit(batch.obs, target, progress=progress, timers=timers)
+            with timers("advantages"):
+                batch, _, _ = self.estimate(samples, progress=progress)
         with timers("policy_update"):
             step = trust_region_step(
                 self.policy,
@@ -115,9 +118,8 @@ class Agent:
                 all_sum=all_sum,
                 generator=self.fisher_generator,
             )
-        with timers("value_fit"):
-            fit = self.value_fit.fit(self.value, batch.obs, target, progress=progress)
-            self.average_value.update(self.value)
+        if not config.value.fit_first:
+            fit = self._fit(batch.obs, target, progress=progress, timers=timers)
         with timers("statistics"), torch.no_grad():
             entropy = self.policy.distribution.entropy(self.policy(batch.obs)).double()
             entropy_sum, transitions = all_sum(torch.stack([entropy.sum(), torch.ones_like(entropy).sum()])).tolist()
@@ -144,48 +146,77 @@ class Agent:
         dimensions = self.policy.distribution.action_dim if settings.max_kl_per_dimension else 1
         return dimensions * value_at(settings.max_kl, progress) * cooldown(settings.cooldown, progress)
 
+    def _lambdas(self, progress: float) -> tuple[float, float]:
+        """λ of the advantages, which believe V more as it gets better, and of its targets."""
+        given, gamma = self.config.gae, value_at(self.config.gae.gamma, 0.0)
+        return (
+            horizon_lambda(gamma, 1 + progress) if given.lambda_ is None else value_at(given.lambda_, progress),
+            horizon_lambda(gamma, 0.5) if given.value_lambda is None else given.value_lambda,
+        )
+
     def set_std(self, progress: float) -> None:
         """Before a rollout: gives a σ that is not learned its value at the `progress` of the update to come."""
         std, head = self.config.policy.std, self.policy.network
         if isinstance(head, GivenStdHead) and not isinstance(std, LearnedStdConfig):
             head.set_std(value_at(std, progress))
 
-    @torch.no_grad()
-    def prepare(self, rollout: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:
-        """Rollout → (batch for the policy, value targets [B], value predictions [B]), rows that are resets left out.
+    def _fit(self, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers) -> FitReport:
+        with timers("value_fit"):
+            fit = self.value_fit.fit(self.value, obs, target, progress=progress)
+            self.average_value.update(self.value)
+            return fit
 
-        `progress` as in `update`.
-        """
-        terminated, truncated, valid, reward = (
-            x.to(self.device) for x in (rollout.terminated, rollout.truncated, rollout.valid, rollout.reward)
-        )
+    def prepare(self, rollout: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:
+        """`estimate` of a rollout that still has to be scaled, with V̄ as it is."""
+        return self.estimate(self.scale(rollout), progress=progress)
+
+    @torch.no_grad()
+    def scale(self, rollout: Rollout) -> Rollout:
+        """The rollout on the agent's device, observations normalised, rewards scaled with statistics that know them."""
+        rollout = Rollout(**{field.name: getattr(rollout, field.name).to(self.device) for field in fields(rollout)})
         # Before scaling, unlike observation statistics: the reward's scale does not touch the policy, and the first
         # targets of the value function have to be of order one too.
-        self.reward_scaler.update(reward, terminated | truncated, valid, all_sum=self.group.all_sum)
-        obs = self.policy.normalizer(rollout.obs.to(self.device))
-        next_obs = self.policy.normalizer(rollout.next_obs.to(self.device))
-        value = self.average_value(obs.flatten(0, 1)).view(reward.shape)
-        next_value = self.average_value(next_obs.flatten(0, 1)).view(reward.shape)
-        settings = self.config.gae
+        self.reward_scaler.update(
+            rollout.reward, rollout.terminated | rollout.truncated, rollout.valid, all_sum=self.group.all_sum
+        )
+        return replace(
+            rollout,
+            obs=self.policy.normalizer(rollout.obs),
+            next_obs=self.policy.normalizer(rollout.next_obs),
+            reward=self.reward_scaler(rollout.reward),
+        )
+
+    @torch.no_grad()
+    def estimate(self, samples: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:
+        """Batch for the policy, value targets [B] and value predictions [B] by V̄; rows that are resets left out.
+
+        Args:
+            samples: of `scale`.
+            progress: as in `update`.
+        """
+        shape = samples.reward.shape
+        value = self.average_value(samples.obs.flatten(0, 1)).view(shape)
+        next_value = self.average_value(samples.next_obs.flatten(0, 1)).view(shape)
         estimate = partial(
             gae,
-            self.reward_scaler(reward).to(value.dtype),
+            samples.reward.to(value.dtype),
             value,
             next_value,
-            terminated,
-            truncated,
-            gamma=value_at(settings.gamma, progress),
-            valid=valid,
+            samples.terminated,
+            samples.truncated,
+            gamma=value_at(self.config.gae.gamma, progress),
+            valid=samples.valid,
         )
-        advantage, _ = estimate(lambda_=value_at(settings.lambda_, progress))
-        _, target = estimate(lambda_=self.value_lambda)
-        keep = valid.flatten().nonzero().squeeze(-1)
+        advantage_lambda, target_lambda = self._lambdas(progress)
+        advantage, _ = estimate(lambda_=advantage_lambda)
+        _, target = estimate(lambda_=target_lambda)
+        keep = samples.valid.flatten().nonzero().squeeze(-1)
         if not total_count(len(keep), self.group.all_sum):
             raise EnvError(
                 "a whole rollout was resets, without one transition: raise batch_size or mend the environment"
             )
         obs, action, advantage, target, value = (
-            x.flatten(0, 1)[keep] for x in (obs, rollout.action.to(self.device), advantage, target, value)
+            x.flatten(0, 1)[keep] for x in (samples.obs, samples.action, advantage, target, value)
         )
         return Batch(obs, action, standardize(advantage, self.group.all_sum)), target, value
 

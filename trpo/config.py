@@ -125,7 +125,7 @@ class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
     bins: Annotated[int, Field(ge=2)] | None = Field(
-        None,
+        11,
         description="Values, evenly spaced between its bounds, that a component of a Box action takes: an ordinal "
         "policy. Without finite bounds, or with null, the policy is Gaussian.",
     )
@@ -153,7 +153,7 @@ class PolicyConfig(Settings):
         if self.bins is not None and not (
             isinstance(std, LearnedStdConfig) and std == LearnedStdConfig(initial=std.initial)
         ):
-            problem = "must be null where policy.std gives more than initial: the rest is a Gaussian's"
+            problem = "must be null, for a Gaussian policy, where policy.std gives more than initial"
             raise _contradiction("bins", problem, against="std")
         return self
 
@@ -179,6 +179,11 @@ class ValueConfig(Settings):
     fit: Literal["adam", "gauss_newton"] = Field("adam", description="How V(s) is fitted to the returns.")
     adam: AdamFitConfig = AdamFitConfig()
     gauss_newton: GaussNewtonFitConfig = GaussNewtonFitConfig()
+    fit_first: bool = Field(
+        False,
+        description="Fit V to a batch before its advantages are estimated, not after the policy's update: V keeps up "
+        "with the policy, and knows some of the noise that it judges.",
+    )
     ema_decay: float = Field(
         0.8,
         ge=0,
@@ -200,15 +205,15 @@ class GaeConfig(Settings):
         FractionSchedule(start=0.99, end=0.995, shape="cosine"),
         description="Discount γ, constant or scheduled: near goals first, then what comes late.",
     )
-    lambda_: ScheduledFraction = Field(
-        FractionSchedule(start=0.9, end=0.8),
+    lambda_: ScheduledFraction | None = Field(
+        None,
         alias="lambda",
-        description="λ of the advantages, constant or scheduled: 0 is one-step TD, 1 Monte Carlo.",
+        description="λ of the advantages, constant or scheduled: 0 is one-step TD, 1 Monte Carlo; null: in a straight "
+        "line from 1 − √(1 − γ) to 1 − 2√(1 − γ), at least 0, with the γ of the first update: 0.9 → 0.8 for 0.99.",
     )
     value_lambda: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None,
-        description="λ of the value targets; null: 1 − ½√(1 − γ) with the γ of the first update, so that they look the "
-        "farther ahead the farther γ does.",
+        description="λ of the value targets; null: 1 − ½√(1 − γ) with the γ of the first update: 0.95 for 0.99.",
     )
 
 

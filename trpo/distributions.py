@@ -136,12 +136,13 @@ class Ordinal:
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""
-        cumulated = self._log_probabilities(eta).exp().cumsum(0)[:-1]
-        return self._value((cumulated < torch.special.ndtr(noise)).sum(0).to(eta.dtype))
+        p = self._probabilities(eta)
+        index = (p.cumsum(0)[:-1] < torch.special.ndtr(noise)).sum(0)
+        return self._value(index + 0 * p[0])  # comparisons would turn what is not a number into the lowest value
 
     def mode(self, eta: Tensor) -> Tensor:
         """The mean: between two values, where the most likely one would jump from one to the next."""
-        p = self._log_probabilities(eta).exp()
+        p = self._probabilities(eta)
         return self._value(torch.einsum("n,n...->...", torch.arange(self.bins).to(p), p))
 
     def log_prob(self, eta: Tensor, action: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class Ordinal:
     def score(self, eta: Tensor, action: Tensor) -> Tensor:
         """C (1[a] − p)."""
         one_hot = torch.arange(self.bins, device=eta.device).view(-1, *[1] * action.dim()) == self._index(action)
-        return self._pull(one_hot.to(eta.dtype) - self._log_probabilities(eta).exp())
+        return self._pull(one_hot.to(eta.dtype) - self._probabilities(eta))
 
     def entropy(self, eta: Tensor) -> Tensor:
         log_p = self._log_probabilities(eta)
@@ -163,7 +164,7 @@ class Ordinal:
 
     def metric(self, eta: Tensor) -> Callable[[Tensor], Tensor]:
         """M = C (diag(p) − ppᵀ) Cᵀ for each component: the categorical's metric, pulled back through logits = Cᵀη."""
-        p = self._log_probabilities(eta).exp()
+        p = self._probabilities(eta)
 
         def product(u: Tensor) -> Tensor:
             v = self._logits(u)
@@ -190,6 +191,10 @@ class Ordinal:
     def _log_probabilities(self, eta: Tensor) -> Tensor:
         """[B, K] → [n, B, A]"""
         return self._logits(eta).log_softmax(0)
+
+    def _probabilities(self, eta: Tensor) -> Tensor:
+        """[B, K] → [n, B, A]"""
+        return self._logits(eta).softmax(0)
 
     def _value(self, index: Tensor) -> Tensor:
         return self._low.to(index) + index * self._width.to(index)

@@ -188,7 +188,10 @@ def _policy_directory(path: Path) -> Path:
 
 def _restore(state: dict[str, Any], directory: Path, device: torch.device) -> SavedPolicy:
     """The policy that a state describes. Raises anything if it describes none."""
-    config = Config.model_validate_json(json.dumps(state["config"]))
+    settings = state["config"]
+    # Without a word on bins it was saved before there were any.
+    settings = settings | {"policy": {"bins": None} | settings["policy"]}
+    config = Config.model_validate_json(json.dumps(settings))
     action_space = decode_space(state["action_space"])
     obs_dim, info = state["obs_dim"], state["info"]
     if type(obs_dim) is not int or not isinstance(info, dict):

@@ -71,8 +71,9 @@ def did_you_mean(candidates: Iterable[str]) -> str:
 
 
 def branches(schema: Schema) -> list[Schema]:
-    """The alternatives of a choice between types; anything else is the only one."""
-    return schema.get("oneOf") or schema.get("anyOf") or [schema]
+    """The alternatives of a choice between types, and of choices within it; anything else is the only one."""
+    choice = schema.get("oneOf") or schema.get("anyOf")
+    return [branch for part in choice for branch in branches(part)] if choice else [schema]
 
 
 def words(schema: Schema) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,6 +30,7 @@ from trpo.config_file import dump_config, load_config
 from trpo.errors import UserError
 from trpo.evaluation import evaluate
 from trpo.metric_files import read_table
+from trpo.plotting import Curve, draw
 from trpo.run_directory import find_run
 from trpo.saved_policy import load_policy
 from trpo.seed_statistics import bootstrap_interval, interquartile_mean
@@ -246,7 +248,8 @@ def load_results(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_tables(out: Path, *, command: str) -> str:
-    """scores.csv (every seed), curves.csv (every evaluation of every seed) and summary.md; returns the summary."""
+    """scores.csv (every seed), curves.csv (every evaluation of every seed), summary.md and, with matplotlib,
+    curves.png; returns the summary."""
     results = load_results(out)
     with (out / "scores.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, SCORE_COLUMNS, lineterminator="\n")
@@ -260,7 +263,15 @@ def write_tables(out: Path, *, command: str) -> str:
                 curves.writerow([r["task"], r["seed"], int(steps), f"{mean:.2f}"])
     summary = _summary(results, command)
     (out / "summary.md").write_text(summary)
+    if importlib.util.find_spec("matplotlib"):
+        draw([_curve(r, out) for r in _rows(results)], "eval/mean_reward").savefig(out / "curves.png")
     return summary
+
+
+def _curve(run: dict[str, Any], out: Path) -> Curve:
+    steps, means = (np.array(run["evaluations"][key], dtype=np.float64) for key in ("env_steps", "mean"))
+    agent = run["meta"].get("settings", {}).get("agent", AGENTS[0])
+    return Curve(run["environment"], agent, run["seed"], steps, means, out)
 
 
 SCORE_COLUMNS = (
