@@ -570,13 +570,13 @@ def test_with_restart_a_killed_worker_costs_the_steps_in_flight(tmp_path: Path, 
     settings = worker_config(workers=2, on_worker_failure="restart", max_restarts=2)
     trainer = Trainer(settings, root=tmp_path, console=False)
     kill_worker_once(trainer, monkeypatch, at_step=40)  # amid the second rollout
-    prepare, rollouts = trainer.agent.prepare, []
+    scale, rollouts = trainer.agent.scale, []
 
-    def observe(rollout: Any, *, progress: float) -> Any:
+    def observe(rollout: Any) -> Any:
         rollouts.append((rollout.valid.clone(), rollout.truncated.clone(), rollout.terminated.clone()))
-        return prepare(rollout, progress=progress)
+        return scale(rollout)
 
-    monkeypatch.setattr(trainer.agent, "prepare", observe)
+    monkeypatch.setattr(trainer.agent, "scale", observe)
     result = trainer.train()
     valid, truncated, terminated = rollouts[1]
     assert (~valid).nonzero().tolist() == [[7, 0], [7, 1]]  # environments 0 and 1 at the 40th step
