@@ -182,7 +182,9 @@ class NativeLinearization:
         """Σ h̃h̃ᵀ and Σ δδᵀ of every layer, first to last, for output cotangents u [B, K]."""
         u = checked(u, self.output.shape, "u")
         inputs, weights = self._native.kept(self._workspace, len(u))
-        return _kronecker_factors(u, inputs, weights, [self._native.slope(h) for h in inputs[1:]])
+        slope = ACTIVATIONS[self._native.activation][1]
+        # Of activations that are compiled, h alone gives the slope: z, the other argument, is not kept.
+        return _kronecker_factors(u, inputs, weights, [slope(h, h) for h in inputs[1:]])
 
 
 ClosedForm = MlpLinearization | NativeLinearization

@@ -173,10 +173,6 @@ class NativeMlp:
         )
         return out
 
-    def slope(self, h: Tensor) -> Tensor:
-        """σ′(z), from h = σ(z)."""
-        return 1 - h.square() if self._activation == ACTIVATIONS["tanh"] else (h > 0).to(h.dtype)
-
     def jvp(self, v: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
         """Jv, into `out` [B, K], for a checked v [P]."""
         _LIBRARY.mlp_jvp(*self._network, self._activation, v.data_ptr(), len(out), out.data_ptr(), workspace.data_ptr())
