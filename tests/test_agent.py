@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from threading import get_ident
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -32,12 +35,14 @@ def make_agent(
     natural_gradient: dict[str, object] | None = None,
     policy: dict[str, object] | None = None,
     value: dict[str, object] | None = None,
+    threads: int = 1,
     **gae_settings: object,
 ) -> Agent:
     config = Config.model_validate(
         {
             "env": {"id": "Pendulum-v1", "num_envs": ENVS},
             "dtype": "float64",
+            "threads": threads,
             "batch_size": STEPS * ENVS,
             "normalize": {"rewards": False},
             "gae": gae_settings,
@@ -147,6 +152,49 @@ def test_the_policy_learns_from_advantages_by_values_fitted_before_or_after(
     # Either way the targets are those of V before the fit, and so is what it is said to have explained.
     assert report.fit.loss_before == pytest.approx(float((predicted - target).square().mean()))
     assert report.explained_variance_before == pytest.approx(explained_variance(predicted, target))
+
+
+@pytest.mark.parametrize("fit", ["adam", "gauss_newton"])
+def test_a_second_thread_changes_no_bit(fit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """V fitted beside the policy's step or after it: neither reads what the other writes."""
+    policy_step = trpo.agent.trust_region_step
+    agents, reports = [], []
+    for threads in (1, 2):
+        agent, seen = make_agent(value={"fit": fit}, natural_gradient={"fisher_subsample": 0.5}, threads=threads), set()
+
+        def noted(function: Callable[..., Any], seen: set[int] = seen) -> Callable[..., Any]:
+            return lambda *args, **keywords: seen.add(get_ident()) or function(*args, **keywords)
+
+        monkeypatch.setattr(agent.value_fit, "fit", noted(agent.value_fit.fit))
+        monkeypatch.setattr(trpo.agent, "trust_region_step", noted(policy_step))
+        reports.append([agent.update(make_rollout(), progress=0.0, timers=PhaseTimers()).fit for _ in range(3)])
+        agents.append(agent)
+        assert (len(seen) > 1) == (threads > 1)
+    assert reports[0] == reports[1]
+    for part in ("policy", "value"):
+        assert torch.equal(*(getattr(agent, part).theta.vector for agent in agents))
+    for generator in ("fit_generator", "fisher_generator"):
+        assert torch.equal(*(getattr(agent, generator).get_state() for agent in agents))
+
+
+def test_a_policy_step_that_fails_waits_for_the_fit_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, done = make_agent(threads=2), []
+    fit_value = agent.value_fit.fit
+
+    def slow(*args: Any, **keywords: Any) -> Any:
+        sleep(0.2)
+        report = fit_value(*args, **keywords)
+        done.append(report)
+        return report
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("of the step")
+
+    monkeypatch.setattr(agent.value_fit, "fit", slow)
+    monkeypatch.setattr(trpo.agent, "trust_region_step", fails)
+    with pytest.raises(RuntimeError, match="of the step"):
+        agent.update(make_rollout(), progress=0.0, timers=PhaseTimers())
+    assert done
 
 
 def test_the_discount_moves_with_progress_and_neither_the_scale_of_rewards_nor_the_lambda_of_targets_does() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trpo import native
 from trpo.networks import MLP, MlpLinearization, NativeLinearization
+from trpo.parameters import FlatParameters
 
 SOURCE = Path(native.__file__).with_name("mlp.c")
 COMPILER = shutil.which("cc")
@@ -283,3 +284,56 @@ def test_a_file_that_is_no_library_or_of_another_version_is_left_out(tmp_path: P
                 [COMPILER, "-shared", "-fPIC", str(tmp_path / f"{i}.c"), "-o", str(tmp_path / f"{i}.so")], check=True
             )
             assert native._load(str(tmp_path / f"{i}.so")) is None
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("sizes", [(11, 64, 64, 1), (5, 33, 1), (3, 7, 2)], ids=str)
+@torch.no_grad()
+def test_a_fit_in_one_call_takes_the_steps_of_torchs_adam(sizes: tuple[int, ...]) -> None:
+    mlp, exact = pair(sizes)
+    theta = FlatParameters(mlp).vector
+    mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
+    rows = [50, 49, 1, 130]
+    x, y = randn(sum(rows), sizes[0]), randn(sum(rows), sizes[-1], seed=1)
+    optimizer = torch.optim.Adam(exact.parameters(), lr=1e-3, eps=1e-5)
+    with torch.enable_grad():
+        for some, wanted in zip(x.split(rows), y.split(rows), strict=True):
+            optimizer.zero_grad()
+            (exact(some) - wanted).square().sum(1).mean().backward()
+            optimizer.step()
+    corrections = [math.sqrt(1 - 0.999**t) for t in range(1, 5)]
+    assert mlp.native is not None and mlp.native.fits_to(x.float(), y.float(), theta, mean, square)
+    mlp.native.adam(
+        x.float(), y.float(), rows, theta, mean, square, betas=(0.9, 0.999),
+        epsilons=[1e-5 * c for c in corrections],
+        rates=[1e-3 * c / (1 - 0.9**t) for t, c in enumerate(corrections, 1)],
+    )  # fmt: skip
+    # Four steps of 1e-3; gradients are good to `TOLERANCE` of the largest, and Adam weighs small ones as much.
+    expected = torch.cat([p.detach().flatten() for p in exact.parameters()])
+    torch.testing.assert_close(theta.double(), expected, rtol=0, atol=4e-3 * 1e-2)
+    assert (theta.double() - expected).abs().median() <= 4e-3 * 1e-4
+
+
+@needs_native
+@torch.no_grad()
+def test_what_cannot_be_fitted_in_one_call_is_refused_before_c_sees_it() -> None:
+    mlp, _ = pair((3, 20, 1))
+    theta = FlatParameters(mlp).vector
+    mean, square, x, y = torch.zeros_like(theta), torch.zeros_like(theta), randn(50, 3).float(), randn(50, 1).float()
+    assert mlp.native is not None
+    fits_to, adam = mlp.native.fits_to, mlp.native.adam
+    assert fits_to(x, y, theta, mean, square)
+    assert not fits_to(x[:, :2], y, theta, mean, square)
+    assert not fits_to(x.double(), y, theta, mean, square)
+    assert not fits_to(x, y[:-1], theta, mean, square)
+    assert not fits_to(x, y[:, 0], theta, mean, square)
+    assert not fits_to(x, y.double(), theta, mean, square)
+    assert not fits_to(x, y, theta.clone(), mean, square)  # not what the network reads
+    assert not fits_to(x, y, theta, mean[:-1], square)
+    before = theta.clone()
+    for rows, rates in (([50, 1], [1.0, 1.0]), ([50], [1.0, 1.0]), ([50, 0], [1.0, 1.0])):
+        with pytest.raises(ValueError, match="minibatches"):
+            adam(x, y, rows, theta, mean, square, betas=(0.9, 0.999), epsilons=rates, rates=rates)
+    assert torch.equal(theta, before)
+    longer = torch.cat([theta, theta])
+    assert not fits_to(x, y, longer, torch.zeros_like(longer), torch.zeros_like(longer))

@@ -277,6 +277,21 @@ def test_a_metric_of_zero_ends_with_non_positive_curvature() -> None:
     assert str(report.outcome) == "non-positive curvature"
 
 
+def test_curvature_far_below_the_damping_is_not_lost_to_rounding() -> None:
+    """σ = 1e4: the metric is 1e-8, and of Fx = g − λx no digit is left in float32."""
+    make = lambda dtype: make_policy("gaussian_given_std", initial_std=1e4, dtype=dtype)  # noqa: E731
+    exact, policy = make(F64), make(torch.float32)
+    exact.theta.assign_(policy.theta.vector.double())
+    batch = make_batch(policy)
+    wide = Batch(*(x.double() for x in (batch.obs, batch.action, batch.advantage)))
+    gradient, fisher = dense_gradient(exact, wide), dense_fisher(exact, wide.obs)
+    x = torch.linalg.solve(fisher + torch.eye(len(gradient)), gradient)
+    expected = float(gradient @ x * (2 * MAX_KL / (x @ fisher @ x)).sqrt())
+    report = trust_region_step(policy, batch, max_kl=MAX_KL, settings=settings(damping=1.0, cg_tolerance=1e-6))
+    # A product and a gradient in float32, sums of forty samples.
+    assert report.expected_gain / report.scale == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "rejection", "reason"),
     [

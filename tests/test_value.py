@@ -10,7 +10,9 @@ import torch
 from helpers import F64, OBS_DIM, make_mlp, make_policy, randn, relative_error, seeded
 from torch import Tensor
 
+from trpo import native
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
+from trpo.native import NativeMlp
 from trpo.value import (
     AdamFit,
     AverageValue,
@@ -133,6 +135,24 @@ def test_adam_is_torchs_on_autograd_gradients_of_the_same_minibatches() -> None:
         assert relative_error(value.theta.vector, expected) <= 1e-10
         assert (report.steps, report.refused) == (9, 0)
         assert report.loss_after < report.loss_before
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled functions were not built")
+def test_an_epoch_in_one_call_is_its_steps_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    obs, target = (x.float() for x in data())
+    fits = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(NativeMlp, "fits_to", lambda *_: False)
+        value = make_value(dtype=torch.float32)
+        fit = adam(value, epochs=3, minibatch_size=16)
+        report = fit.fit(value, obs, target, progress=0.0)
+        fits.append((value.theta.vector, fit.state_dict(), report))
+    (theta, state, report), (expected, steps, expected_report) = fits
+    assert torch.equal(theta, expected) and report == expected_report
+    assert report.steps == state["steps"] == steps["steps"] == 9
+    assert torch.equal(state["mean"], steps["mean"]) and torch.equal(state["square"], steps["square"])
 
 
 def test_a_batch_smaller_than_a_minibatch_is_one_minibatch() -> None:

@@ -5,6 +5,7 @@ No environments, files or signals here: an agent turns rollouts into better poli
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -40,6 +41,14 @@ class UpdateReport:
     explained_variance_before: float  # of the return targets by the average V̄ that estimated them, before the fit
     explained_variance_after: float  # by V, after its fit
     learning_rate: float | None  # of Adam, if V is fitted by it
+
+
+def fits_beside(config: Config, group: Group, device: torch.device) -> bool:
+    """Whether V is fitted while the policy takes its step, in one of `config.threads`; the numbers are the same.
+
+    Not where sums over processes would meet in another order, nor where work waits in one queue of a GPU anyway.
+    """
+    return config.threads > 1 and not config.value.fit_first and group.size == 1 and device.type == "cpu"
 
 
 class Agent:
@@ -105,21 +114,20 @@ class Agent:
         with timers("advantages"):
             samples = self.scale(rollout)
             batch, target, value_before = self.estimate(samples, progress=progress)
+        fit_value = partial(self._fit, batch.obs, target, progress=progress, timers=timers)
         if config.value.fit_first:
-            fit = self._fit(batch.obs, target, progress=progress, timers=timers)
+            fit = fit_value()
             with timers("advantages"):
                 batch, _, _ = self.estimate(samples, progress=progress)
-        with timers("policy_update"):
-            step = trust_region_step(
-                self.policy,
-                batch,
-                max_kl=self._kl_bound(progress),
-                settings=config.natural_gradient,
-                all_sum=all_sum,
-                generator=self.fisher_generator,
-            )
-        if not config.value.fit_first:
-            fit = self._fit(batch.obs, target, progress=progress, timers=timers)
+            step = self._policy_step(batch, progress=progress, timers=timers)
+        elif fits_beside(config, self.group, self.device):
+            with ThreadPoolExecutor(1) as thread:
+                fitting = thread.submit(fit_value)
+                step = self._policy_step(batch, progress=progress, timers=timers)
+            fit = fitting.result()
+        else:
+            step = self._policy_step(batch, progress=progress, timers=timers)
+            fit = fit_value()
         with timers("statistics"), torch.no_grad():
             entropy = self.policy.distribution.entropy(self.policy(batch.obs)).double()
             entropy_sum, transitions = all_sum(torch.stack([entropy.sum(), torch.ones_like(entropy).sum()])).tolist()
@@ -159,6 +167,17 @@ class Agent:
         std, head = self.config.policy.std, self.policy.network
         if isinstance(head, GivenStdHead) and not isinstance(std, LearnedStdConfig):
             head.set_std(value_at(std, progress))
+
+    def _policy_step(self, batch: Batch, *, progress: float, timers: PhaseTimers) -> StepReport:
+        with timers("policy_update"):
+            return trust_region_step(
+                self.policy,
+                batch,
+                max_kl=self._kl_bound(progress),
+                settings=self.config.natural_gradient,
+                all_sum=self.group.all_sum,
+                generator=self.fisher_generator,
+            )
 
     def _fit(self, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers) -> FitReport:
         with timers("value_fit"):

@@ -289,7 +289,12 @@ class Config(Settings):
         description="Where networks and update live; `auto` takes a GPU if there is one.",
     )
     dtype: Literal["float32", "float64"] = Field("float32", description="Arithmetic of networks and update.")
-    threads: int = Field(1, ge=0, description="CPU threads of the update; 0: torch's own choice.")
+    threads: int = Field(
+        1,
+        ge=0,
+        description="CPU threads of the update: from 2 on, one fits V while the others take the policy's step; 0: "
+        "torch's own choice, for one after the other.",
+    )
     name: str = Field(
         "trpo",
         pattern=r"^[\w.-]+$",

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trpo.reduction import AllSum, one_process
+
 CPU = torch.device("cpu")
 
 
@@ -32,13 +34,15 @@ class Group:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
-    def all_sum(self, tensor: Tensor) -> Tensor:
-        """Σ over processes, in place where the backend allows it."""
-        if self.size > 1:
-            moved = tensor.to(self.device).contiguous()
-            dist.all_reduce(moved)
-            return moved.to(tensor.device)
-        return tensor
+    @property
+    def all_sum(self) -> AllSum:
+        """Σ over processes, in place where the backend allows it; `one_process` if this is the only one."""
+        return self._all_sum if self.size > 1 else one_process
+
+    def _all_sum(self, tensor: Tensor) -> Tensor:
+        moved = tensor.to(self.device).contiguous()
+        dist.all_reduce(moved)
+        return moved.to(tensor.device)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The values of all processes, in order of rank, on every process. For small plain data."""

@@ -133,14 +133,25 @@ class MlpLinearization:
     def vjp(self, u: Tensor) -> Tensor:
         """Jᵀu [P] for u [B, K]."""
         parts: list[Tensor] = []
-        for i, delta in _backwards(u, self._weights, self._slopes):
+        for i, delta in self._backwards(u):
             parts = [(delta.T @ self._inputs[i]).flatten(), delta.sum(0), *parts]
         return torch.cat(parts)
 
     @torch.no_grad()
     def kronecker_factors(self, u: Tensor) -> list[Factors]:
         """Σ h̃h̃ᵀ and Σ δδᵀ of every layer, first to last, for output cotangents u [B, K]."""
-        return _kronecker_factors(u, self._inputs, self._weights, self._slopes)
+        factors = []
+        for i, delta in self._backwards(u):
+            extended = nn.functional.pad(self._inputs[i], (0, 1), value=1.0)
+            factors.append(Factors(extended.T @ extended, delta.T @ delta))
+        return factors[::-1]
+
+    def _backwards(self, delta: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Backpropagation: (l, δ_l = ∂/∂z_l [B, n_l]) from the last layer to the first."""
+        for i in reversed(range(len(self._weights))):
+            yield i, delta
+            if i:
+                delta = (delta @ self._weights[i]).mul_(self._slopes[i - 1])
 
 
 class NativeLinearization:
@@ -181,29 +192,10 @@ class NativeLinearization:
     def kronecker_factors(self, u: Tensor) -> list[Factors]:
         """Σ h̃h̃ᵀ and Σ δδᵀ of every layer, first to last, for output cotangents u [B, K]."""
         u = checked(u, self.output.shape, "u")
-        inputs, weights = self._native.kept(self._workspace, len(u))
-        slope = ACTIVATIONS[self._native.activation][1]
-        # Of activations that are compiled, h alone gives the slope: z, the other argument, is not kept.
-        return _kronecker_factors(u, inputs, weights, [slope(h, h) for h in inputs[1:]])
+        return [Factors(*pair) for pair in self._native.factors(u, self._workspace)]
 
 
 ClosedForm = MlpLinearization | NativeLinearization
-
-
-def _backwards(delta: Tensor, weights: list[Tensor], slopes: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Backpropagation: (l, δ_l = ∂/∂z_l [B, n_l]) from the last layer to the first."""
-    for i in reversed(range(len(weights))):
-        yield i, delta
-        if i:
-            delta = (delta @ weights[i]).mul_(slopes[i - 1])
-
-
-def _kronecker_factors(u: Tensor, inputs: list[Tensor], weights: list[Tensor], slopes: list[Tensor]) -> list[Factors]:
-    factors = []
-    for i, delta in _backwards(u, weights, slopes):
-        extended = nn.functional.pad(inputs[i], (0, 1), value=1.0)
-        factors.append(Factors(extended.T @ extended, delta.T @ delta))
-    return factors[::-1]
 
 
 class AutogradLinearization:

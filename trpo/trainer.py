@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trpo import native
-from trpo.agent import Agent
+from trpo.agent import Agent, fits_beside
 from trpo.batch import Rollout
 from trpo.checkpoint import CheckpointStore
 from trpo.collector import Collector
@@ -74,8 +74,6 @@ class Trainer:
     ):
         self.config = config
         self.device = resolve_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         self.env_steps = 0
         self.updates = 0
         self.elapsed_s = 0.0
@@ -89,6 +87,8 @@ class Trainer:
         self.writer: MetricsWriter | None = None
         self._lock: RunLock | None = None
         self.group = join_group(self.device)
+        if config.threads:
+            torch.set_num_threads(config.threads - fits_beside(config, self.group, self.device))
         try:
             self._build()
             self._open_run(Path(root), Path(resume) if resume else None, console)

@@ -13,13 +13,14 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 SWITCHED_OFF = os.environ.get("TRPO_NATIVE") == "0"
-VERSION = 1  # of the functions in mlp.c, and of their arguments
+VERSION = 2  # of the functions in mlp.c, and of their arguments
 ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
 BLOCK = 128  # rows that mlp.c takes through all layers at a time
 MOST_LAYERS = 16
@@ -28,12 +29,15 @@ _NUMBERS, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ct
 _NETWORK = [ctypes.POINTER(_LONG), _INT]
 _SIGNATURES: dict[str, tuple[type | None, list]] = {
     "mlp_workspace": (_LONG, [*_NETWORK, _LONG]),
-    "mlp_input": (_LONG, [*_NETWORK, _LONG, _INT]),
-    "mlp_weight": (_LONG, [*_NETWORK, _LONG, _INT]),
     "mlp_padded": (_LONG, [_LONG]),
     "mlp_forward": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _LONG, _INT, _NUMBERS, _NUMBERS]),
     "mlp_jvp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
+    "mlp_factors": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
+    "mlp_adam": (
+        None,
+        [*_NETWORK, _INT, *[_NUMBERS] * 5, _INT, *[_NUMBERS] * 3, _FLOAT, _FLOAT, _NUMBERS],
+    ),
     "adam_step": (None, [_LONG, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _FLOAT, _FLOAT, _FLOAT, _FLOAT]),
 }
 
@@ -139,17 +143,6 @@ class NativeMlp:
         """Memory for what `forward` keeps of `rows` rows; of the kind of x."""
         return x.new_empty(_LIBRARY.mlp_workspace(*self._network, rows))
 
-    def kept(self, workspace: Tensor, rows: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of what `forward` kept: the inputs h [B, n] of all layers, and their weights W [m, n]."""
-        inputs, weights = [], []
-        for i, layer in enumerate(self.layers):
-            n, padded = layer.in_features, _LIBRARY.mlp_padded(layer.in_features)
-            size, m = (rows, padded), layer.out_features
-            inputs.append(workspace.as_strided(size, (padded, 1), _LIBRARY.mlp_input(*self._network, rows, i))[:, :n])
-            at = _LIBRARY.mlp_weight(*self._network, rows, i)
-            weights.append(workspace.as_strided((m, padded), (padded, 1), at)[:, :n])
-        return inputs, weights
-
     def forward(self, x: Tensor, workspace: Tensor | None = None) -> Tensor | None:
         """f(θ) [B, K] of plain x [B, D], or None where mlp.c cannot read the parameters.
 
@@ -182,6 +175,67 @@ class NativeMlp:
         """Jᵀu, into `out` [P], for a checked u [B, K]."""
         _LIBRARY.mlp_vjp(*self._network, self._activation, u.data_ptr(), len(u), out.data_ptr(), workspace.data_ptr())
         return out
+
+    def factors(self, u: Tensor, workspace: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Σ h̃h̃ᵀ [n + 1, n + 1], h̃ = (h, 1), and Σ δδᵀ [m, m] of all layers, for a checked u [B, K]."""
+        sizes = [size for layer in self.layers for size in (layer.in_features + 1, layer.out_features)]
+        padded = [_LIBRARY.mlp_padded(size) for size in sizes]
+        out = u.new_empty(sum(size * wide for size, wide in zip(sizes, padded, strict=True)))
+        _LIBRARY.mlp_factors(
+            *self._network, self._activation, u.data_ptr(), len(u), out.data_ptr(), workspace.data_ptr()
+        )
+        parts = out.split([size * wide for size, wide in zip(sizes, padded, strict=True)])
+        square = [part.view(size, -1)[:, :size] for part, size in zip(parts, sizes, strict=True)]
+        return list(zip(square[::2], square[1::2], strict=True))
+
+    def fits_to(self, x: Tensor, y: Tensor, *vectors: Tensor) -> bool:
+        """Whether `adam` may fit this network to y at x: the first of the vectors [P] is its parameters, in order."""
+        parameters = self._parameters()
+        if parameters is None or not self.fits(x[:BLOCK]) or not takes_vectors(*vectors):
+            return False
+        ends = list(accumulate(parameter.numel() for parameter in parameters))
+        starts = [vectors[0].data_ptr() + 4 * end for end in (0, *ends)]
+        return (
+            [parameter.data_ptr() for parameter in parameters] == starts[:-1]
+            and len(vectors[0]) == ends[-1]
+            and y.shape == (len(x), self.output_dim)
+            and _plain(y)
+        )
+
+    def adam(
+        self,
+        x: Tensor,
+        y: Tensor,
+        rows: Sequence[int],
+        theta: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        *,
+        betas: tuple[float, float],
+        epsilons: Sequence[float],
+        rates: Sequence[float],
+    ) -> None:
+        """`adam_step` on E|f(x) − y|² of one minibatch after another, of so many `rows` each, for what `fits_to`."""
+        count, most = len(rows), max(rows)
+        if sum(rows) != len(x) or len(epsilons) != count or len(rates) != count or min(rows) < 1:
+            raise ValueError(f"{count} minibatches of {sum(rows)} rows, {len(x)} rows, {len(rates)} rates")
+        work = x.new_empty(
+            _LIBRARY.mlp_workspace(*self._network, most)
+            + _LIBRARY.mlp_padded(most * self.output_dim)
+            + _LIBRARY.mlp_padded(len(theta))
+        )
+        x, y = x.contiguous(), y.contiguous()
+        _LIBRARY.mlp_adam(
+            *self._network,
+            self._activation,
+            *(tensor.data_ptr() for tensor in (theta, mean, square, x, y)),
+            count,
+            (_LONG * count)(*rows),
+            (_FLOAT * count)(*epsilons),
+            (_FLOAT * count)(*rates),
+            *betas,
+            work.data_ptr(),
+        )
 
 
 def takes_vectors(*vectors: Tensor) -> bool:

@@ -1,4 +1,4 @@
-/* A multilayer perceptron and the two products with its Jacobian, float32, one thread.
+/* A multilayer perceptron, products with its Jacobian, and its fit by Adam; float32, one thread.
  *
  * The formulas are those of `trpo/networks.py`, which is also what the tests compare this file with. It is here because
  * at TRPO's sizes (thousands of rows, layers of 64) a BLAS library spends most of its time around the arithmetic. Three
@@ -221,8 +221,30 @@ static void through(const Plan *p, int l, long rows, const float *h, const float
     product(rows, out, p->n[l], h, pad(p->n[l]), 1, turned, out, bias ? bias : c, bias ? 0 : out, c, out);
 }
 
+/* Back to the layer before, for a block of rows: next = (δ W) σ′, and the two change places. */
+static void back(const Plan *p, int l, int activation, long rows, const float *h, float **delta, float **next,
+                 const float *work)
+{
+    const long in = pad(p->n[l]);
+    product(rows, in, p->n[l + 1], *delta, pad(p->n[l + 1]), 1, work + p->weight[l], in, NULL, 0, *next, in);
+    times_slope(activation, h, *next, rows * in);
+    float *done = *next;
+    *next = *delta;
+    *delta = done;
+}
+
+/* sum [width] ← sum + Σ of the rows. */
+static void add_rows(const float *from, long rows, long width, float *sum)
+{
+    for (long j = 0; j < width; j += LANES) {
+        vec total = load(sum + j);
+        for (long i = 0; i < rows; i++) total += load(from + i * width + j);
+        store(sum + j, total);
+    }
+}
+
 /* Of the functions here and their arguments: `trpo/native/__init__.py` has the same number. */
-int mlp_version(void) { return 1; }
+int mlp_version(void) { return 2; }
 
 /* Whether this processor has the instructions that this file was compiled to. */
 int mlp_runs_here(void)
@@ -241,10 +263,8 @@ int mlp_runs_here(void)
 #endif
 }
 
-/* Floats of a workspace for so many rows, and where in it h_l [rows, pad(n_l)] and W_l [n_{l+1}, pad(n_l)] lie. */
+/* Floats of a workspace for so many rows. */
 long mlp_workspace(const long *widths, int layers, long rows) { return plan(widths, layers, rows).total; }
-long mlp_input(const long *widths, int layers, long rows, int l) { return plan(widths, layers, rows).input[l]; }
-long mlp_weight(const long *widths, int layers, long rows, int l) { return plan(widths, layers, rows).weight[l]; }
 long mlp_padded(long width) { return pad(width); }
 
 /* f(θ) [rows, n_L] of x [rows, n_0]. With `keep`, what the products below need stays in the workspace of `rows` rows;
@@ -315,19 +335,10 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
         for (int l = layers - 1; l >= 0; l--) {
             const long in = pad(p.n[l]), width = pad(p.n[l + 1]);
             const float *h = work + p.input[l] + row * in;
-            float *weight = work + p.turned_tangent[l], *bias = work + p.bias_tangent[l];
+            float *weight = work + p.turned_tangent[l];
             product(p.n[l + 1], in, count, delta, 1, width, h, in, weight, in, weight, in);
-            for (long j = 0; j < width; j += LANES) {
-                vec sum = load(bias + j);
-                for (long i = 0; i < count; i++) sum += load(delta + i * width + j);
-                store(bias + j, sum);
-            }
-            if (!l) break;
-            product(count, in, p.n[l + 1], delta, width, 1, work + p.weight[l], in, NULL, 0, next, in);
-            times_slope(activation, h, next, count * in);
-            float *done = next;
-            next = delta;
-            delta = done;
+            add_rows(delta, count, width, work + p.bias_tangent[l]);
+            if (l) back(&p, l, activation, count, h, &delta, &next, work);
         }
     }
     for (int l = 0; l < layers; l++) {
@@ -335,6 +346,38 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
         out += p.n[l + 1] * p.n[l];
         narrow(work + p.bias_tangent[l], 1, p.n[l + 1], out);
         out += p.n[l + 1];
+    }
+}
+
+/* Of every layer, first to last, Σ h̃h̃ᵀ [n_l + 1, pad(n_l + 1)] with h̃ = (h, 1), then Σ δδᵀ [n_{l+1}, pad(n_{l+1})], summed
+ * over rows, δ the way of u [rows, n_L] back through the layers; all one after the other in `out`. */
+void mlp_factors(const long *widths, int layers, int activation, const float *u, long rows, float *out, float *work)
+{
+    const Plan p = plan(widths, layers, rows);
+    float *inputs[MOST_LAYERS], *outputs[MOST_LAYERS];
+    for (int l = 0; l < layers; l++) {
+        inputs[l] = out;
+        outputs[l] = inputs[l] + (p.n[l] + 1) * pad(p.n[l] + 1);
+        out = outputs[l] + p.n[l + 1] * pad(p.n[l + 1]);
+        memset(inputs[l], 0, sizeof(float) * (size_t)(out - inputs[l]));
+    }
+    for (long row = 0; row < rows; row += BLOCK) {
+        const long count = least(BLOCK, rows - row);
+        float *delta = work + p.block[0], *next = work + p.block[1];
+        widen(u + row * p.n[layers], count, p.n[layers], delta);
+        for (int l = layers - 1; l >= 0; l--) {
+            const long n = p.n[l], in = pad(n), wide = pad(n + 1), width = pad(p.n[l + 1]);
+            const float *h = work + p.input[l] + row * in;
+            product(n, in, count, h, 1, in, h, in, inputs[l], wide, inputs[l], wide);
+            add_rows(h, count, in, inputs[l] + n * wide);
+            product(p.n[l + 1], width, count, delta, 1, width, delta, width, outputs[l], width, outputs[l], width);
+            if (l) back(&p, l, activation, count, h, &delta, &next, work);
+        }
+    }
+    for (int l = 0; l < layers; l++) {
+        const long n = p.n[l], wide = pad(n + 1);
+        for (long i = 0; i < n; i++) inputs[l][i * wide + n] = inputs[l][n * wide + i];
+        inputs[l][n * wide + n] = (float)rows;
     }
 }
 
@@ -346,5 +389,34 @@ void adam_step(long count, float *restrict theta, const float *restrict gradient
         mean[i] += (1 - beta1) * (gradient[i] - mean[i]);
         square[i] = beta2 * square[i] + (1 - beta2) * gradient[i] * gradient[i];
         theta[i] -= rate * mean[i] / (sqrtf(square[i]) + epsilon);
+    }
+}
+
+/* Adam on the mean over rows of |f(x) − y|², a step for each minibatch of so many rows, one after the other in x and y.
+ * `work`: a workspace for the largest minibatch, then room for its outputs and for one gradient. */
+void mlp_adam(const long *widths, int layers, int activation, float *theta, float *mean, float *square, const float *x,
+              const float *y, int minibatches, const long *rows, const float *epsilon, const float *rate, float beta1,
+              float beta2, float *work)
+{
+    const float *parameters[2 * MOST_LAYERS];
+    long size = 0, most = 0;
+    for (int l = 0; l < layers; l++) {
+        parameters[2 * l] = theta + size;
+        size += widths[l] * widths[l + 1];
+        parameters[2 * l + 1] = theta + size;
+        size += widths[l + 1];
+    }
+    for (int i = 0; i < minibatches; i++)
+        if (rows[i] > most) most = rows[i];
+    float *error = work + plan(widths, layers, most).total, *gradient = error + pad(most * widths[layers]);
+    for (int i = 0; i < minibatches; i++) {
+        const long outputs = rows[i] * widths[layers];
+        const float scale = 2.0f / (float)rows[i];
+        mlp_forward(widths, layers, activation, parameters, x, rows[i], 1, error, work);
+        for (long j = 0; j < outputs; j++) error[j] = (error[j] - y[j]) * scale;
+        mlp_vjp(widths, layers, activation, error, rows[i], gradient, work);
+        adam_step(size, theta, gradient, mean, square, beta1, beta2, epsilon[i], rate[i]);
+        x += rows[i] * widths[0];
+        y += outputs;
     }
 }

@@ -148,9 +148,11 @@ def trust_region_step(
     )
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
-    # xᵀFx without another product: Fx = g − residual − λx.
+    # xᵀFx without another product: Fx = g − residual − λx. Unless λ was all there was, and the difference is rounding.
     fx = gradient - cg.residual - settings.damping * cg.x
     curvature = float(torch.dot(cg.x, fx))
+    if curvature < 1e-3 * float(torch.dot(cg.x, gradient)):
+        curvature = float(torch.dot(cg.x, fisher(cg.x)))
     if cg.status is CGStatus.NONPOSITIVE_CURVATURE or not curvature > 0:
         return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
     step = math.sqrt(2 * max_kl / curvature) * cg.x
