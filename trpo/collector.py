@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -64,6 +64,9 @@ class Collector:
         self._color = ColoredNoise(length, exponent, like=policy.theta.vector)
         self.noise = torch.empty(0)
         self._buffers = _buffers(env, policy, length, self.obs)
+        # Views of each step's part, made once: to index a tensor takes longer than to copy a few numbers.
+        parts = (getattr(self._buffers, field.name).unbind() for field in fields(Rollout))
+        self._rows = [Rollout(*row) for row in zip(*parts, strict=True)]
         self._success = torch.full((length, env.num_envs), torch.nan, device=env.device)
         self._running_return = torch.zeros(env.num_envs, dtype=torch.float64)
         self._running_length = torch.zeros(env.num_envs, dtype=torch.int64)
@@ -80,14 +83,14 @@ class Collector:
         white = self.policy.distribution.noise(*shape, like=like, generator=self.generator)
         self.noise = self._color(white)[:, self.shard]
         self._success.fill_(torch.nan)
-        for t in range(self.length):
-            out.obs[t] = self.obs
-            action = self.policy.sample(self.obs.to(like.device), self.noise[t])
-            out.action[t] = action
+        for row, noise, success in zip(self._rows, self.noise.unbind(), self._success.unbind(), strict=True):
+            row.obs.copy_(self.obs)
+            action = self.policy.sample(self.obs.to(like.device), noise)
+            row.action.copy_(action)
             step = self.env.step(action)
-            _store(out, step, t)
+            _store(row, step)
             if step.success is not None:
-                self._success[t] = step.success
+                success.copy_(step.success)
             self.obs.copy_(step.reset_obs)
         _check_finite(out)
         return out, self._episodes(out)
@@ -164,12 +167,12 @@ def _buffers(env: BatchEnv, policy: Policy, length: int, obs: Tensor) -> Rollout
     )
 
 
-def _store(out: Rollout, step: Step, t: int) -> None:
-    out.next_obs[t] = step.next_obs
-    out.reward[t] = step.reward
-    out.terminated[t] = step.terminated
-    out.truncated[t] = step.truncated
-    out.valid[t] = step.valid
+def _store(row: Rollout, step: Step) -> None:
+    row.next_obs.copy_(step.next_obs)
+    row.reward.copy_(step.reward)
+    row.terminated.copy_(step.terminated)
+    row.truncated.copy_(step.truncated)
+    row.valid.copy_(step.valid)
 
 
 def _check_finite(out: Rollout) -> None:

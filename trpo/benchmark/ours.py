@@ -48,6 +48,7 @@ class Ours:
     """This package, driven as `scripts/train.py` drives it, run directory and metrics included."""
 
     def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
         self._update: _Update | None = None
 
     def update(self, *, repeats: int) -> Numbers:
@@ -56,13 +57,14 @@ class Ours:
         `…_gain` is the improvement predicted at the bound: what a nearer natural gradient has more of.
         """
         if self._update is None:
-            self._update = _Update(_config(UPDATE_TASK, {"num_envs": UPDATE_ENVS}))
+            self._update = _Update(_config(UPDATE_TASK, {"num_envs": UPDATE_ENVS}, self._threads))
         return self._update.measure(repeats, variants=True)
 
     def train(self, *, task: str, setup: dict[str, Any], steps: int, random: bool = False) -> Numbers:
         """With `random` also the rate of random stepping through `BatchEnv`, right after it on the same environments:
         actions uniform in their bounds, drawn beforehand."""
-        with _trainer(_config(task, setup)) as trainer:
+        environments = {key: value for key, value in setup.items() if key != "threads"}
+        with _trainer(_config(task, environments, setup.get("threads", self._threads))) as trainer:
             trainer._iteration()
             count = iterations(steps)
             took = seconds(lambda: repeat(trainer._iteration, count))
@@ -72,7 +74,7 @@ class Ours:
 
     def rollout(self, *, envs: int, steps: int) -> Numbers:
         """Rollouts of one number of environments, without updates, against random stepping of the same ones."""
-        config = _config(UPDATE_TASK, {"num_envs": envs})
+        config = _config(UPDATE_TASK, {"num_envs": envs}, self._threads)
         with _trainer(config) as trainer:
             trainer._iteration()
             count = iterations(steps)
@@ -82,7 +84,7 @@ class Ours:
 
     def scaling(self, *, batch: int, hidden: int, repeats: int) -> Numbers:
         """Policy and value part of one update, and the floor under the policy part."""
-        config = _config(UPDATE_TASK, {"num_envs": 16}, batch=batch, hidden=hidden)
+        config = _config(UPDATE_TASK, {"num_envs": 16}, self._threads, batch=batch, hidden=hidden)
         rate = matmul_rate(hidden, batch)
         update = _Update(config)
         measured = update.measure(repeats, variants=False)
@@ -127,7 +129,6 @@ class _Update:
             "whole_s": whole,
             "policy_s": phases["policy_update"],
             "value_s": phases["value_fit"],
-            "rest_s": whole - phases["policy_update"] - phases["value_fit"],
             "accepted": float(step.accepted),
             "gain": step.expected_gain / step.scale if step.accepted else 0.0,
             "cg_iterations": step.cg.iterations if step.cg else 0,
@@ -150,14 +151,16 @@ class _Update:
         self.agent.load_local_state_dict(local)
 
 
-def _config(task: str, setup: dict[str, Any], *, batch: int = BATCH, hidden: int = HIDDEN) -> Config:
+def _config(
+    task: str, environments: dict[str, Any], threads: int, *, batch: int = BATCH, hidden: int = HIDDEN
+) -> Config:
     return Config.model_validate(
         {
-            "env": {"id": task, **setup},
+            "env": {"id": task, **environments},
             "total_steps": 10**9,
             "batch_size": batch,
             "device": "cpu",
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "policy": {"hidden_sizes": [hidden, hidden], "bins": None},  # Gaussian, as everyone's
             "value": {
                 "hidden_sizes": [hidden, hidden],

@@ -117,9 +117,11 @@ class Sb3:
 
     def train(self, *, task: str, setup: dict[str, Any], steps: int) -> Numbers:
         model = self._model(task, setup["num_envs"], subprocesses=setup.get("subprocesses", False))
+        count, threads = iterations(steps), torch.get_num_threads()
+        torch.set_num_threads(setup.get("threads", threads))
         model.learn(BATCH)
-        count = iterations(steps)
         took = seconds(lambda: model.learn(count * BATCH, reset_num_timesteps=False))
+        torch.set_num_threads(threads)
         model.env.close()
         return {"steps_per_s": count * BATCH / took}
 

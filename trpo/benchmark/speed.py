@@ -24,18 +24,20 @@ from trpo.benchmark import peers, speed_report
 OURS = "trpo"
 PARTS = ("update", "train", "scaling", "memory")
 TASKS = ("Hopper-v5", "HalfCheetah-v5")
-SETUPS: dict[str, dict[str, dict[str, Any]]] = {  # contender → name → how environments are run
+SETUPS: dict[str, dict[str, dict[str, Any]]] = {  # contender → name → how environments are run; threads of updates
     OURS: {
         "gymnasium × 8": {"backend": "gymnasium", "num_envs": 8},
         "gymnasium × 16": {"backend": "gymnasium", "num_envs": 16},
         "gymnasium-async × 16": {"backend": "gymnasium-async", "num_envs": 16},
         "envpool × 16, 1 worker": {"backend": "envpool", "num_envs": 16, "workers": 1},
-        "envpool × 16, 2 workers": {"backend": "envpool", "num_envs": 16, "workers": 2},
+        "gymnasium × 16, 2 threads": {"backend": "gymnasium", "num_envs": 16, "threads": 2},
+        "envpool × 16, 2 workers, 2 threads": {"backend": "envpool", "num_envs": 16, "workers": 2, "threads": 2},
     },
     "sb3-contrib": {
         **{f"DummyVecEnv × {n}": {"num_envs": n} for n in (8, 16)},  # beside ours of as many
         "SubprocVecEnv × 8": {"num_envs": 8, "subprocesses": True},
         **{f"DummyVecEnv × {n}": {"num_envs": n} for n in (1, 2)},
+        "DummyVecEnv × 16, 2 threads": {"num_envs": 16, "threads": 2},
     },
     "tianshou": {"DummyVectorEnv × 16": {"num_envs": 16}},
     "skrl": {"SyncVectorEnv × 16": {"num_envs": 16}},

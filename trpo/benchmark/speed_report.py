@@ -23,7 +23,8 @@ All with two tanh layers of 64, damping 0.1, KL bound 0.01, 15 CG iterations tha
 of 16 minibatches for the critic. A whole update of ours, Tianshou's and skrl's holds values, returns and advantages,
 of ours statistics for the log as well; sb3-contrib computes them during the rollout, uncounted. Tianshou's critic knows
 no minibatches and takes 10 steps on the whole batch: a sixteenth of the optimiser's steps. Training of ours includes
-run directory, CSV and TensorBoard; of the others no logging. Random stepping draws its actions beforehand.
+run directory, CSV and TensorBoard; of the others no logging. Random stepping draws its actions beforehand. With two
+threads an update of ours fits the value function beside the policy's step; the others' share their matrix products.
 """
 
 
@@ -112,7 +113,7 @@ def _training_targets(task: str, rows: Rows) -> list[Target]:
         above, below = rows.get(f"{OURS}, gymnasium × {envs}"), rows.get(f"{SB3}, DummyVecEnv × {envs}")
         what = f"{task}: training, {envs} environments of Gymnasium, ours / {SB3}"
         found.append(Target(what, median_ratio(above, below, "steps_per_s"), 1.7, True))
-    for row in dict.fromkeys((f"{OURS}, gymnasium × 16", ours)):
+    for row in dict.fromkeys((f"{OURS}, gymnasium × 16", f"{OURS}, gymnasium × 16, 2 threads", ours)):
         if row in rows:
             share = median_ratio(rows[row], rows[row], *SHARE)
             found.append(Target(f"{task}: training / random stepping, {row}", share, 0.65, True))
