@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from threading import get_ident
 from time import sleep
 from typing import Any
@@ -36,12 +37,13 @@ def make_agent(
     policy: dict[str, object] | None = None,
     value: dict[str, object] | None = None,
     threads: int = 1,
+    dtype: str = "float64",
     **gae_settings: object,
 ) -> Agent:
     config = Config.model_validate(
         {
             "env": {"id": "Pendulum-v1", "num_envs": ENVS},
-            "dtype": "float64",
+            "dtype": dtype,
             "threads": threads,
             "batch_size": STEPS * ENVS,
             "normalize": {"rewards": False},
@@ -154,20 +156,24 @@ def test_the_policy_learns_from_advantages_by_values_fitted_before_or_after(
     assert report.explained_variance_before == pytest.approx(explained_variance(predicted, target))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("fit", ["adam", "gauss_newton"])
-def test_a_second_thread_changes_no_bit(fit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_thread_changes_no_bit(fit: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """V fitted beside the policy's step or after it: neither reads what the other writes."""
     policy_step = trpo.agent.trust_region_step
     agents, reports = [], []
     for threads in (1, 2):
-        agent, seen = make_agent(value={"fit": fit}, natural_gradient={"fisher_subsample": 0.5}, threads=threads), set()
+        settings = {"value": {"fit": fit}, "natural_gradient": {"fisher_subsample": 0.5}, "dtype": dtype}
+        agent, seen = make_agent(**settings, threads=threads), set()
 
         def noted(function: Callable[..., Any], seen: set[int] = seen) -> Callable[..., Any]:
             return lambda *args, **keywords: seen.add(get_ident()) or function(*args, **keywords)
 
         monkeypatch.setattr(agent.value_fit, "fit", noted(agent.value_fit.fit))
         monkeypatch.setattr(trpo.agent, "trust_region_step", noted(policy_step))
-        reports.append([agent.update(make_rollout(), progress=0.0, timers=PhaseTimers()).fit for _ in range(3)])
+        rollout = make_rollout()
+        rollout = replace(rollout, action=rollout.action.to(agent.policy.theta.vector))
+        reports.append([agent.update(rollout, progress=0.0, timers=PhaseTimers()).fit for _ in range(3)])
         agents.append(agent)
         assert (len(seen) > 1) == (threads > 1)
     assert reports[0] == reports[1]

@@ -36,6 +36,25 @@ def test_actions_get_noise_of_the_color_that_the_settings_name(tmp_path: Path) -
     assert torch.equal(noise[1], ColoredNoise(32, 1.0, like=noise[0])(noise[0]))
 
 
+def test_a_run_with_two_threads_has_the_bits_of_one_with_one(tmp_path: Path) -> None:
+    """A batch of more rows than compiled code would share with torch's threads, had torch more than one."""
+    threads, thetas = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            config = config_for("Pendulum-v1", total_steps=1024, batch_size=512, device="cpu", threads=count)
+            with closing(Trainer(config, root=tmp_path, console=False)) as source:
+                assert torch.get_num_threads() == 1
+                for _ in range(2):
+                    source._iteration()
+                thetas.append((source.agent.policy.theta.vector, source.agent.value.theta.vector))
+        config = config_for("Pendulum-v1", device="cpu", threads=2, value={"fit_first": True})
+        with closing(Trainer(config, root=tmp_path, console=False)):
+            assert torch.get_num_threads() == 2  # one after the other
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*thetas, strict=True))
+
+
 def test_a_closed_trainer_does_not_train_on(tmp_path: Path) -> None:
     source = trainer(tmp_path)
     source.train(max_updates=1)

@@ -44,7 +44,7 @@ class UpdateReport:
 
 
 def fits_beside(config: Config, group: Group, device: torch.device) -> bool:
-    """Whether V is fitted while the policy takes its step, in one of `config.threads`; the numbers are the same.
+    """Whether V is fitted while the policy takes its step, in one of `config.threads`: the same operations.
 
     Not where sums over processes would meet in another order, nor where work waits in one queue of a GPU anyway.
     """
@@ -121,7 +121,8 @@ class Agent:
                 batch, _, _ = self.estimate(samples, progress=progress)
             step = self._policy_step(batch, progress=progress, timers=timers)
         elif fits_beside(config, self.group, self.device):
-            with ThreadPoolExecutor(1) as thread:
+            # A new thread knows nothing of how many threads of torch this one was given.
+            with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
                 fitting = thread.submit(fit_value)
                 step = self._policy_step(batch, progress=progress, timers=timers)
             fit = fitting.result()

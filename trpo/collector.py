@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -64,9 +65,6 @@ class Collector:
         self._color = ColoredNoise(length, exponent, like=policy.theta.vector)
         self.noise = torch.empty(0)
         self._buffers = _buffers(env, policy, length, self.obs)
-        # Views of each step's part, made once: to index a tensor takes longer than to copy a few numbers.
-        parts = (getattr(self._buffers, field.name).unbind() for field in fields(Rollout))
-        self._rows = [Rollout(*row) for row in zip(*parts, strict=True)]
         self._success = torch.full((length, env.num_envs), torch.nan, device=env.device)
         self._running_return = torch.zeros(env.num_envs, dtype=torch.float64)
         self._running_length = torch.zeros(env.num_envs, dtype=torch.int64)
@@ -83,7 +81,9 @@ class Collector:
         white = self.policy.distribution.noise(*shape, like=like, generator=self.generator)
         self.noise = self._color(white)[:, self.shard]
         self._success.fill_(torch.nan)
-        for row, noise, success in zip(self._rows, self.noise.unbind(), self._success.unbind(), strict=True):
+        parts = [*(getattr(out, field.name) for field in fields(Rollout)), self.noise, self._success]
+        for *views, noise, success in _rows(*parts):
+            row = Rollout(*views)
             row.obs.copy_(self.obs)
             action = self.policy.sample(self.obs.to(like.device), noise)
             row.action.copy_(action)
@@ -165,6 +165,12 @@ def _buffers(env: BatchEnv, policy: Policy, length: int, obs: Tensor) -> Rollout
         truncated=empty(dtype=torch.bool),
         valid=empty(dtype=torch.bool),
     )
+
+
+def _rows(*parts: Tensor, at_once: int = 128) -> Iterator[tuple[Tensor, ...]]:
+    """One view of each part [T, …] after the other, over T; made many at once, which is faster, but not all."""
+    for start in range(0, len(parts[0]), at_once):
+        yield from zip(*(part[start : start + at_once].unbind() for part in parts), strict=True)
 
 
 def _store(row: Rollout, step: Step) -> None:

@@ -292,8 +292,8 @@ class Config(Settings):
     threads: int = Field(
         1,
         ge=0,
-        description="CPU threads of the update: from 2 on, one fits V while the others take the policy's step; 0: "
-        "torch's own choice, for one after the other.",
+        description="CPU threads of the update: from 2 on, one fits V while the others take the policy's step, but "
+        "after it with `value.fit_first` or several processes; 0: torch's own choice.",
     )
     name: str = Field(
         "trpo",

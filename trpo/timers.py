@@ -10,8 +10,8 @@ from contextlib import contextmanager
 class PhaseTimers:
     """Wall-clock seconds by phase, summed over every time the phase is entered.
 
-    A phase inside another one counts in both. Work still queued on a GPU when a phase ends counts in the phase that
-    waits for it.
+    A phase inside another one, or beside it in another thread, counts in both. Work still queued on a GPU when a phase
+    ends counts in the phase that waits for it.
 
     >>> timers = PhaseTimers()
     >>> with timers("rollout"):
@@ -33,6 +33,6 @@ class PhaseTimers:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start_s
 
     def pop(self) -> dict[str, float]:
-        """Seconds by phase since the last call, in the order in which the phases were first entered; starts anew."""
+        """Seconds by phase since the last call, in the order in which the phases first ended; starts anew."""
         seconds, self._seconds = self._seconds, {}
         return seconds

@@ -57,14 +57,14 @@ class Ours:
         `…_gain` is the improvement predicted at the bound: what a nearer natural gradient has more of.
         """
         if self._update is None:
-            self._update = _Update(_config(UPDATE_TASK, {"num_envs": UPDATE_ENVS}, self._threads))
+            self._update = _Update(_config(UPDATE_TASK, {"num_envs": UPDATE_ENVS}))
         return self._update.measure(repeats, variants=True)
 
     def train(self, *, task: str, setup: dict[str, Any], steps: int, random: bool = False) -> Numbers:
         """With `random` also the rate of random stepping through `BatchEnv`, right after it on the same environments:
         actions uniform in their bounds, drawn beforehand."""
         environments = {key: value for key, value in setup.items() if key != "threads"}
-        with _trainer(_config(task, environments, setup.get("threads", self._threads))) as trainer:
+        with _trainer(_config(task, environments, threads=setup.get("threads", self._threads))) as trainer:
             trainer._iteration()
             count = iterations(steps)
             took = seconds(lambda: repeat(trainer._iteration, count))
@@ -74,7 +74,7 @@ class Ours:
 
     def rollout(self, *, envs: int, steps: int) -> Numbers:
         """Rollouts of one number of environments, without updates, against random stepping of the same ones."""
-        config = _config(UPDATE_TASK, {"num_envs": envs}, self._threads)
+        config = _config(UPDATE_TASK, {"num_envs": envs})
         with _trainer(config) as trainer:
             trainer._iteration()
             count = iterations(steps)
@@ -84,7 +84,7 @@ class Ours:
 
     def scaling(self, *, batch: int, hidden: int, repeats: int) -> Numbers:
         """Policy and value part of one update, and the floor under the policy part."""
-        config = _config(UPDATE_TASK, {"num_envs": 16}, self._threads, batch=batch, hidden=hidden)
+        config = _config(UPDATE_TASK, {"num_envs": 16}, batch=batch, hidden=hidden)
         rate = matmul_rate(hidden, batch)
         update = _Update(config)
         measured = update.measure(repeats, variants=False)
@@ -152,7 +152,7 @@ class _Update:
 
 
 def _config(
-    task: str, environments: dict[str, Any], threads: int, *, batch: int = BATCH, hidden: int = HIDDEN
+    task: str, environments: dict[str, Any], *, threads: int = 1, batch: int = BATCH, hidden: int = HIDDEN
 ) -> Config:
     return Config.model_validate(
         {
@@ -183,12 +183,14 @@ def _config(
 
 @contextmanager
 def _trainer(config: Config) -> Iterator[Trainer]:
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(config, root=root, console=False)
         try:
             yield trainer
         finally:
             trainer.close()
+            torch.set_num_threads(threads)  # a trainer sets its own
 
 
 def _random_rate(env: BatchEnv, steps: int) -> float:

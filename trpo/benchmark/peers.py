@@ -119,9 +119,11 @@ class Sb3:
         model = self._model(task, setup["num_envs"], subprocesses=setup.get("subprocesses", False))
         count, threads = iterations(steps), torch.get_num_threads()
         torch.set_num_threads(setup.get("threads", threads))
-        model.learn(BATCH)
-        took = seconds(lambda: model.learn(count * BATCH, reset_num_timesteps=False))
-        torch.set_num_threads(threads)
+        try:
+            model.learn(BATCH)
+            took = seconds(lambda: model.learn(count * BATCH, reset_num_timesteps=False))
+        finally:
+            torch.set_num_threads(threads)
         model.env.close()
         return {"steps_per_s": count * BATCH / took}
 

@@ -1,8 +1,9 @@
 """`mlp.c` from Python: what multilayer perceptrons spend their time in, compiled for the machine it was installed on.
 
 An optional part. Where it was not built, was built for another processor, or cannot do what is asked (a GPU, float64,
-gradients by autograd, several threads, other activations), `trpo.networks` does the same with torch. `TRPO_NATIVE=0` in
-the environment leaves it out: two machines, or one with and one without a compiler, then round alike more often.
+gradients by autograd, other activations, many rows on several threads), `trpo.networks` does the same with torch.
+`TRPO_NATIVE=0` in the environment leaves it out: two machines, or one with and one without a compiler, then round alike
+more often.
 
 C believes what it is told of a tensor's size and kind, so everything is looked at here first.
 """
@@ -190,6 +191,7 @@ class NativeMlp:
 
     def fits_to(self, x: Tensor, y: Tensor, *vectors: Tensor) -> bool:
         """Whether `adam` may fit this network to y at x: the first of the vectors [P] is its parameters, in order."""
+        # However many threads there are: the steps of an epoch in one call outrun what several gain within one.
         parameters = self._parameters()
         if parameters is None or not self.fits(x[:BLOCK]) or not takes_vectors(*vectors):
             return False
