@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from trpo.benchmark import SUITES
 from trpo.config_file import load_config, parse_config
 from trpo.natural_gradient import Outcome, StepReport, trust_region_step
 from trpo.saved_policy import load_policy
@@ -77,6 +78,23 @@ def test_a_file_lists_only_departures_from_the_defaults(path: Path) -> None:
     env_id = given.pop(("env", "id"))
     defaults = leaves(parse_config(f"env: {{id: {env_id}}}").model_dump(by_alias=True))
     assert [key for key, value in given.items() if defaults.get(key, ...) == value] == []
+
+
+OWN = {
+    ("env", "id"),
+    ("gae", "gamma"),
+    ("total_steps",),
+    ("evaluation", "every_steps"),
+    ("evaluation", "final_episodes"),
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_tasks_of_a_suite_share_one_recipe(suite: str) -> None:
+    """Discount, length and what is evaluated are the task's own; nothing else is."""
+    files = [leaves(yaml.safe_load((DIRECTORY / f"{task}.yaml").read_text("utf-8"))) for task in SUITES[suite]]
+    first, *others = ({key: value for key, value in given.items() if key not in OWN} for given in files)
+    assert others and all(recipe == first for recipe in others)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -24,7 +24,7 @@ def mean_returns(task: str, tmp_path: Path, *, seeds: int, episodes: int = 100) 
 def test_pendulum_in_100k_steps(tmp_path: Path) -> None:
     """Best published TRPO at this budget: −174.6, one agent."""
     scores = mean_returns("pendulum", tmp_path, seeds=5)
-    assert scores.mean() >= -170 and scores.min() >= -200, scores
+    assert scores.mean() >= -165 and scores.min() >= -180, scores
 
 
 def test_cartpole_in_50k_steps(tmp_path: Path) -> None:
