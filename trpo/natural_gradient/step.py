@@ -150,8 +150,8 @@ def trust_region_step(
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
     # xᵀFx without another product: Fx = g − residual − λx. Unless λ was all there was, and the difference is rounding.
     fx = gradient - cg.residual - settings.damping * cg.x
-    curvature = float(torch.dot(cg.x, fx))
-    if curvature < 1e-3 * float(torch.dot(cg.x, gradient)):
+    curvature, slope = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient)]).tolist()
+    if curvature < 1e-3 * slope:
         curvature = float(torch.dot(cg.x, fisher(cg.x)))
     if cg.status is CGStatus.NONPOSITIVE_CURVATURE or not curvature > 0:
         return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
