@@ -29,17 +29,26 @@ def list_all_envs() -> list[str]:
 
 
 def make(
-    task_id: str, env_type: str, *, num_envs: int, seed: list[int], num_threads: int, frame_skip: int = 1
+    task_id: str,
+    env_type: str,
+    *,
+    num_envs: int,
+    seed: list[int],
+    num_threads: int,
+    thread_affinity_offset: int = -1,
+    frame_skip: int = 1,
 ) -> FakePool:
     assert env_type == "gymnasium" and task_id in TASKS and len(seed) == num_envs
     assert all(-(2**31) <= s < 2**31 for s in seed)  # else envpool refuses
     pool = FakePool(task_id, seed, num_threads)
+    pool.pinned = thread_affinity_offset == 0
     made.append(pool)
     return pool
 
 
 class FakePool(VectorEnv[Any, Any, Any]):
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    pinned = False  # whether thread i is kept to core i
     nan_reward_at = 0  # step at which environment 1 diverges
 
     def __init__(self, task_id: str, seeds: list[int], num_threads: int) -> None:

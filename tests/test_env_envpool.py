@@ -99,6 +99,24 @@ class TestSteps:
         make("CartPole-v1", workers=workers)
         assert fake[0].num_threads == threads
 
+    @pytest.mark.parametrize(
+        ("workers", "cores", "usable", "pinned"),
+        [(2, 2, {0, 1}, True), (1, 2, {0, 1}, False), (2, 4, {0, 1, 2, 3}, False), (2, 4, {2, 3}, False)],
+    )
+    def test_threads_have_a_core_each_only_where_there_is_one_for_each_thread_and_no_more(
+        self,
+        workers: int,
+        cores: int,
+        usable: set[int],
+        pinned: bool,
+        fake: list[FakePool],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: usable, raising=False)
+        make("CartPole-v1", workers=workers)
+        assert fake[0].pinned == pinned
+
     def test_a_reward_that_is_not_finite_is_named(self, fake: list[FakePool]) -> None:
         envs = make("Pendulum-v1")
         fake[0].nan_reward_at = 2

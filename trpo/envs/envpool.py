@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,12 +97,26 @@ def _pool(config: EnvConfig, seeds: list[int]) -> Any:
     threads = worker_count(config.workers, len(seeds))
     try:
         return envpool.make(
-            config.id, env_type="gymnasium", num_envs=len(seeds), seed=seeds, num_threads=threads, **config.kwargs
+            config.id,
+            env_type="gymnasium",
+            num_envs=len(seeds),
+            seed=seeds,
+            num_threads=threads,
+            # Left alone, two threads may share a core while another is idle. Fewer threads than cores are not ours to
+            # place: other processes would put theirs on the same ones.
+            thread_affinity_offset=0 if _one_per_core(threads) else -1,
+            **config.kwargs,
         )
     except Exception as error:
         raise EnvError(
             f"{config.id} cannot be built by envpool with env.kwargs {config.kwargs}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _one_per_core(threads: int) -> bool:
+    """Whether the machine has as many cores, all of them this process's to use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return threads == usable == os.cpu_count()
 
 
 def _task(config: EnvConfig, observed: Space[Any], acted: Space[Any]) -> tuple[Space[Any], int | None]:
