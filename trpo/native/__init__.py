@@ -35,10 +35,7 @@ _SIGNATURES: dict[str, tuple[type | None, list]] = {
     "mlp_jvp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_factors": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
-    "mlp_adam": (
-        None,
-        [*_NETWORK, _INT, *[_NUMBERS] * 5, _INT, *[_NUMBERS] * 3, _FLOAT, _FLOAT, _NUMBERS],
-    ),
+    "mlp_adam": (None, [*_NETWORK, _INT, *[_NUMBERS] * 5, _INT, *[_NUMBERS] * 3, _FLOAT, _FLOAT, _NUMBERS]),
     "adam_step": (None, [_LONG, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _FLOAT, _FLOAT, _FLOAT, _FLOAT]),
 }
 
@@ -180,26 +177,24 @@ class NativeMlp:
     def factors(self, u: Tensor, workspace: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Σ h̃h̃ᵀ [n + 1, n + 1], h̃ = (h, 1), and Σ δδᵀ [m, m] of all layers, for a checked u [B, K]."""
         sizes = [size for layer in self.layers for size in (layer.in_features + 1, layer.out_features)]
-        padded = [_LIBRARY.mlp_padded(size) for size in sizes]
-        out = u.new_empty(sum(size * wide for size, wide in zip(sizes, padded, strict=True)))
+        areas = [size * _LIBRARY.mlp_padded(size) for size in sizes]
+        out = u.new_empty(sum(areas))
         _LIBRARY.mlp_factors(
             *self._network, self._activation, u.data_ptr(), len(u), out.data_ptr(), workspace.data_ptr()
         )
-        parts = out.split([size * wide for size, wide in zip(sizes, padded, strict=True)])
-        square = [part.view(size, -1)[:, :size] for part, size in zip(parts, sizes, strict=True)]
+        square = [part.view(size, -1)[:, :size] for part, size in zip(out.split(areas), sizes, strict=True)]
         return list(zip(square[::2], square[1::2], strict=True))
 
-    def fits_to(self, x: Tensor, y: Tensor, *vectors: Tensor) -> bool:
-        """Whether `adam` may fit this network to y at x: the first of the vectors [P] is its parameters, in order."""
+    def fits_to(self, x: Tensor, y: Tensor, theta: Tensor, mean: Tensor, square: Tensor) -> bool:
+        """Whether `adam` may fit this network to y at x: theta [P] is its parameters, in order, one after the other."""
         # However many threads there are: the steps of an epoch in one call outrun what several gain within one.
         parameters = self._parameters()
-        if parameters is None or not self.fits(x[:BLOCK]) or not takes_vectors(*vectors):
+        if parameters is None or not self.fits(x[:BLOCK]) or not takes_vectors(theta, mean, square):
             return False
-        ends = list(accumulate(parameter.numel() for parameter in parameters))
-        starts = [vectors[0].data_ptr() + 4 * end for end in (0, *ends)]
+        *starts, size = accumulate((parameter.numel() for parameter in parameters), initial=0)
         return (
-            [parameter.data_ptr() for parameter in parameters] == starts[:-1]
-            and len(vectors[0]) == ends[-1]
+            [parameter.data_ptr() for parameter in parameters] == [theta.data_ptr() + 4 * start for start in starts]
+            and len(theta) == size
             and y.shape == (len(x), self.output_dim)
             and _plain(y)
         )

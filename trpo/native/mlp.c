@@ -349,8 +349,8 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
     }
 }
 
-/* Of every layer, first to last, Σ h̃h̃ᵀ [n_l + 1, pad(n_l + 1)] with h̃ = (h, 1), then Σ δδᵀ [n_{l+1}, pad(n_{l+1})], summed
- * over rows, δ the way of u [rows, n_L] back through the layers; all one after the other in `out`. */
+/* Of every layer, first to last, Σ h̃h̃ᵀ [n_l + 1, pad(n_l + 1)] with h̃ = (h, 1), then Σ δδᵀ [n_{l+1}, pad(n_{l+1})],
+ * summed over rows, δ the way of u [rows, n_L] back through the layers; all one after the other in `out`. */
 void mlp_factors(const long *widths, int layers, int activation, const float *u, long rows, float *out, float *work)
 {
     const Plan p = plan(widths, layers, rows);
