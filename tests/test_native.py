@@ -128,6 +128,97 @@ def test_what_is_not_finite_stays_so_and_in_its_row(activation: str) -> None:
     assert torch.equal(out[others], clean[others])
 
 
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@torch.no_grad()
+def test_a_frozen_network_normalises_and_keeps_to_its_parameters(
+    sizes: tuple[int, ...], rows: int, activation: str
+) -> None:
+    mlp, exact = pair(sizes, activation)
+    assert mlp.native is not None
+    shift, scale, x = 1e3 + randn(sizes[0], seed=1), 0.1 + randn(sizes[0], seed=2).abs(), 1e3 + 2 * randn(rows, sizes[0])
+    expected = exact(((x - shift) * scale).clamp(-1.5, 1.5))
+    frozen = mlp.native.frozen(shift, scale, 1.5)
+    for changed in (*mlp.parameters(), shift, scale):
+        changed.mul_(2)
+    assert frozen is not None and (actual := frozen(x)) is not None
+    assert relative_error(actual.double(), expected) <= TOLERANCE
+    x[-1, 0] = math.nan
+    again = frozen(x)
+    assert again is not None and again[-1].isnan().all() and torch.equal(again[:-1], actual[:-1])
+
+
+@needs_native
+@torch.no_grad()
+def test_what_cannot_be_frozen_or_does_not_fit_is_left_to_torch() -> None:
+    mlp, exact = pair((3, 20, 2))
+    shift, scale, x = randn(3), randn(3, seed=1), randn(200, 3)
+    assert mlp.native is not None and exact.native is not None
+    frozen = mlp.native.frozen(shift, scale, 1.0)
+    assert frozen is not None and frozen(x) is not None and frozen(x.float()) is not None
+    assert frozen(x[:, :2]) is None and frozen(x[0]) is None
+    with torch.enable_grad():
+        assert frozen(x) is None
+    torch.set_num_threads(2)
+    assert frozen(x) is None and frozen(x[: native.BLOCK]) is not None
+    assert exact.native.frozen(shift, scale, 1.0) is None
+    assert mlp.native.frozen(shift.float(), scale, 1.0) is None
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("bins", [2, 3, 11, 100])
+@pytest.mark.parametrize("components", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 16, 77])
+@torch.no_grad()
+def test_ordinal_samples(rows: int, components: int, bins: int) -> None:
+    eta, noise = randn(rows, components * bins), randn(rows, components, seed=1)
+    eta[0] *= 20  # some values next to impossible
+    low, width = randn(components, seed=2), 1 + randn(components, seed=3).abs()
+    actual = native.ordinal_sample(eta.float(), noise.float(), low.float(), width.float())
+    # log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j, written out.
+    parts = eta.float().double().view(rows, components, bins)
+    rises = torch.nn.functional.pad(parts[..., 1:] + parts[..., :1], (1, 0)).cumsum(-1)
+    cumulated = rises.softmax(-1).cumsum(-1)[..., :-1]
+    u = torch.special.ndtr(noise.float().double()).unsqueeze(-1)
+    index = (cumulated < u).sum(-1)
+    assert actual is not None
+    found = (actual.double() - low.float()) / width.float()
+    assert (found - found.round()).abs().max() < 1e-4  # of values up to 100, in float32
+    # A sum of up to 100 float32 exponentials: where u lies so near an edge, either neighbour is right.
+    near = ((cumulated - u).abs() < 1e-5).any(-1)
+    assert (found.round() == index)[~near].all() and ((found.round() - index).abs() <= 1).all()
+    assert near.double().mean() < 0.02
+
+
+@needs_native
+@torch.no_grad()
+def test_ordinal_samples_of_what_is_not_finite_are_not_numbers() -> None:
+    eta, noise, ends = torch.zeros(4, 2 * 5), torch.zeros(4, 2), torch.ones(2)
+    eta[0, 2], eta[1, 5], eta[2, 9], noise[3, 1] = math.nan, math.inf, -math.inf, math.nan
+    actual = native.ordinal_sample(eta, noise, ends, ends)
+    assert actual is not None
+    assert actual.isnan().tolist() == [[True, False], [False, True], [False, False], [False, True]]
+
+
+@needs_native
+@torch.no_grad()
+def test_ordinal_samples_of_anything_else_are_left_to_torch() -> None:
+    eta, noise, ends = torch.zeros(4, 2 * 5), torch.zeros(4, 2), torch.ones(2)
+    assert native.ordinal_sample(eta, noise, ends, ends) is not None
+    for wrong in (
+        (eta.double(), noise, ends, ends),
+        (eta, noise.double(), ends, ends),
+        (eta, noise[:3], ends, ends),
+        (eta[:, :9], noise, ends, ends),
+        (eta, noise, ends[:1], ends[:1]),
+        (eta, noise, ends, ends[:1]),
+        (eta[None], noise[None], ends, ends),
+    ):
+        assert native.ordinal_sample(*wrong) is None
+
+
 @needs_native
 @torch.no_grad()
 def test_a_linearisation_keeps_to_the_parameters_it_was_made_at_until_it_is_moved() -> None:

@@ -22,7 +22,7 @@ from helpers import (
     seeded,
 )
 
-from trpo.config import Config
+from trpo.config import Config, NormalizeConfig
 from trpo.distributions import DiagonalGaussian
 from trpo.policy import GaussianHead, GivenStdHead, build_normalizer, build_policy
 
@@ -107,6 +107,33 @@ def test_sample_and_mode_see_normalised_observations() -> None:
     # The normaliser adds 1e-8 to a variance near 25, and moments merge to rounding.
     torch.testing.assert_close(policy.mode(raw), mean.detach(), rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(policy.sample(raw, noise), (mean + std * noise).detach(), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["built in", "any module"])
+@pytest.mark.parametrize("raw_dtype", [torch.float32, F64])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_sampler_is_the_policy_as_it_was_when_it_was_made(
+    kind: str, dtype: torch.dtype, raw_dtype: torch.dtype, opaque: bool
+) -> None:
+    policy = make_policy(kind, dtype=dtype, opaque=opaque)
+    raw = (100 + 5 * randn(50, OBS_DIM)).to(raw_dtype)
+    for rows in (raw, raw + 1):  # each time with another normaliser
+        policy.normalizer.update(rows)
+        noise = policy.distribution.noise(50, like=policy.theta.vector, generator=seeded())
+        sample = policy.sampler()
+        # The same operations in the same order, whoever does them.
+        assert torch.equal(sample(raw, noise), policy.sample(raw, noise))
+        assert torch.equal(sample(raw[:3], noise[:3]), policy.sample(raw[:3], noise[:3]))
+
+
+def test_a_sampler_without_normalisation_sees_observations_as_they_are() -> None:
+    settings = config().model_copy(update={"normalize": NormalizeConfig(observations=False, clip_observations=0.1)})
+    space = spaces.Box(-np.inf, np.inf, (OBS_DIM,))
+    policy = build_policy(settings, space, spaces.Box(-1, 1, (2,)), generator=seeded(), device=torch.device("cpu"))
+    policy.normalizer.update(100 + randn(50, OBS_DIM))
+    raw, noise = randn(20, OBS_DIM), randn(20, 2, dtype=torch.float32)
+    assert torch.equal(policy.sampler()(raw, noise), policy.sample(raw, noise))
 
 
 def test_std_is_reported_only_where_it_is_one_number() -> None:

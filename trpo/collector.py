@@ -81,11 +81,12 @@ class Collector:
         white = self.policy.distribution.noise(*shape, like=like, generator=self.generator)
         self.noise = self._color(white)[:, self.shard]
         self._success.fill_(torch.nan)
+        sample = self.policy.sampler()
         parts = [*(getattr(out, field.name) for field in fields(Rollout)), self.noise, self._success]
         for *views, noise, success in _rows(*parts):
             row = Rollout(*views)
             row.obs.copy_(self.obs)
-            action = self.policy.sample(self.obs.to(like.device), noise)
+            action = sample(self.obs.to(like.device), noise)
             row.action.copy_(action)
             step = self.env.step(action)
             _store(row, step)

@@ -15,6 +15,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from trpo import native
 from trpo.errors import EnvError
 
 
@@ -136,6 +137,8 @@ class Ordinal:
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""
+        if (compiled := native.ordinal_sample(eta, noise, self._low.float(), self._width.float())) is not None:
+            return compiled
         p = self._probabilities(eta)
         index = (p.cumsum(0)[:-1] < torch.special.ndtr(noise)).sum(0)
         return self._value(index + 0 * p[0])  # comparisons would turn what is not a number into the lowest value

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trpo.native import NativeMlp, checked
+from trpo.normalizer import ObservationNormalizer
 from trpo.parameters import Layout
 
 
@@ -81,6 +82,16 @@ class MLP(nn.Module):
         for layer in hidden:
             x = act(layer(x))
         return head(x)
+
+    def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
+        """Raw x [B, D] → [B, K], for as long as neither parameters nor `normalizer` change; made for few rows, often."""
+        compiled = None if self.native is None else self.native.frozen(*normalizer.affine)
+
+        def forward(x: Tensor) -> Tensor:
+            out = None if compiled is None else compiled(x)
+            return self(normalizer(x)) if out is None else out
+
+        return forward
 
     @torch.no_grad()
     def linearize(self, x: Tensor) -> ClosedForm:

@@ -6,6 +6,8 @@ that has to see one fixed policy is done.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +79,11 @@ class ObservationNormalizer(nn.Module):
         if not self.enabled:
             return x.to(self.dtype)
         return ((x - self.shift) * self.scale).clamp_(-self.clip, self.clip).to(self.dtype)
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor, float]:
+        """shift [D], scale [D] and bound of x ↦ clip((x − shift) · scale, ±bound), which is what this does."""
+        return self.shift, self.scale, self.clip if self.enabled else math.inf
 
     def update(self, rows: Tensor, *, all_sum: AllSum = one_process) -> None:
         """Takes in observations [B, D] as the environment gave them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -56,6 +57,15 @@ class Policy(nn.Module):
         """Raw observations [N, D] and noise of `distribution.noise` → actions [N, A], in the policy's encoding."""
         return self.distribution.sample(self.network(self.normalizer(obs)), noise)
 
+    def sampler(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`sample` for as long as nothing changes in the policy: what depends on no observation is computed once."""
+        frozen = getattr(self.network, "frozen", None)
+        if frozen is None:
+            return self.sample
+        with torch.inference_mode():
+            parameters: Callable[[Tensor], Tensor] = frozen(self.normalizer)
+        return torch.inference_mode()(lambda obs, noise: self.distribution.sample(parameters(obs), noise))
+
     @torch.inference_mode()
     def mode(self, obs: Tensor) -> Tensor:
         """Raw observations [N, D] → the actions without noise [N, A], in the policy's encoding."""
@@ -82,7 +92,14 @@ class GivenStdHead(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """[B, D] → η [B, 2A]."""
-        mean = self.network(obs)
+        return self._eta(self.network(obs))
+
+    def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
+        """`forward` of raw observations; see `MLP.frozen`."""
+        network = self.network.frozen(normalizer)
+        return lambda obs: self._eta(network(obs))
+
+    def _eta(self, mean: Tensor) -> Tensor:
         return torch.cat([mean, self.given_log_std.expand_as(mean)], -1)
 
     def log_std(self) -> Tensor:
@@ -146,11 +163,22 @@ class GaussianHead(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """[B, D] → η [B, 2A]."""
-        out = self.network(obs)
-        if self.state_dependent:
+        return self._eta(self.network(obs), self._free_log_std())
+
+    def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
+        """`forward` of raw observations; see `MLP.frozen`."""
+        network, log_std = self.network.frozen(normalizer), self._free_log_std()
+        return lambda obs: self._eta(network(obs), log_std)
+
+    def _free_log_std(self) -> Tensor | None:
+        return None if self.state_dependent else self._bound(self.raw_log_std)
+
+    def _eta(self, out: Tensor, log_std: Tensor | None) -> Tensor:
+        """Network outputs [B, A or 2A] → η [B, 2A]."""
+        if log_std is None:
             mean, raw = out.chunk(2, -1)
             return torch.cat([mean, self._bound(raw)], -1)
-        return torch.cat([out, self._bound(self.raw_log_std).expand_as(out)], -1)
+        return torch.cat([out, log_std.expand_as(out)], -1)
 
     def log_std(self) -> Tensor:
         """log σ [A] of a state-independent policy, NaN otherwise."""

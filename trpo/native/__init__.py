@@ -21,21 +21,25 @@ import torch
 from torch import Tensor, nn
 
 SWITCHED_OFF = os.environ.get("TRPO_NATIVE") == "0"
-VERSION = 2  # of the functions in mlp.c, and of their arguments
+VERSION = 3  # of the functions in mlp.c, and of their arguments
 ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
 BLOCK = 128  # rows that mlp.c takes through all layers at a time
 MOST_LAYERS = 16
 
-_NUMBERS, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+_NUMBERS, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 _NETWORK = [ctypes.POINTER(_LONG), _INT]
 _SIGNATURES: dict[str, tuple[type | None, list]] = {
     "mlp_workspace": (_LONG, [*_NETWORK, _LONG]),
     "mlp_padded": (_LONG, [_LONG]),
     "mlp_forward": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _LONG, _INT, _NUMBERS, _NUMBERS]),
+    "mlp_freeze": (None, [*_NETWORK, _NUMBERS, _NUMBERS]),
+    "mlp_act": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _NUMBERS, _DOUBLE, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_jvp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_factors": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_adam": (None, [*_NETWORK, _INT, *[_NUMBERS] * 5, _INT, *[_NUMBERS] * 3, _FLOAT, _FLOAT, _NUMBERS]),
+    "ordinal_sample": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 6]),
     "adam_step": (None, [_LONG, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _FLOAT, _FLOAT, _FLOAT, _FLOAT]),
 }
 
@@ -72,8 +76,13 @@ def available() -> bool:
 
 def takes(x: Tensor) -> bool:
     """Whether the compiled functions may work on x [B, …]: of a kind they know, no graph wanted, one thread."""
-    # The number of rows last: asking for it while an exporter traces would make it a constant.
-    return _wanted() and _plain(x) and (torch.get_num_threads() == 1 or len(x) <= BLOCK)
+    return _wanted() and _plain(x) and _of_one_thread(x)
+
+
+def _of_one_thread(x: Tensor) -> bool:
+    """Whether there are so few rows, or threads, that one does best."""
+    # To be asked last: the number of rows, asked for while an exporter traces, would become a constant.
+    return len(x) <= BLOCK or torch.get_num_threads() == 1
 
 
 def _wanted() -> bool:
@@ -86,9 +95,9 @@ def _wanted() -> bool:
     )
 
 
-def _plain(x: Tensor) -> bool:
-    """float32 numbers in host memory, which no subclass stands for."""
-    return x.dtype is torch.float32 and x.is_cpu and type(x) in (Tensor, nn.Parameter)
+def _plain(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Numbers in host memory, which no subclass stands for."""
+    return x.dtype is dtype and x.is_cpu and type(x) in (Tensor, nn.Parameter)
 
 
 def checked(x: Tensor, shape: Sequence[int], name: str) -> Tensor:
@@ -155,12 +164,38 @@ class NativeMlp:
         _LIBRARY.mlp_forward(
             *self._network,
             self._activation,
-            (_NUMBERS * len(parameters))(*[p.data_ptr() for p in parameters]),
+            _addresses(parameters),
             x.data_ptr(),
             rows,
             workspace is not None,
             out.data_ptr(),
             work.data_ptr(),
+        )
+        return out
+
+    def frozen(self, shift: Tensor, scale: Tensor, bound: float) -> FrozenMlp | None:
+        """x ↦ f(clip((x − shift) · scale, ±bound)) by the parameters as they are now; None where mlp.c cannot do it."""
+        parameters = self._parameters()
+        affine = [_plain(v, torch.float64) and v.is_contiguous() for v in (shift, scale)]
+        if _LIBRARY is None or parameters is None or not all(affine):
+            return None
+        work = self.workspace(parameters[0].detach(), BLOCK)
+        _LIBRARY.mlp_freeze(*self._network, _addresses(parameters), work.data_ptr())
+        return FrozenMlp(self, shift.clone(), scale.clone(), bound, work)
+
+    def act(self, x: Tensor, shift: Tensor, scale: Tensor, bound: float, workspace: Tensor) -> Tensor:
+        """What `frozen` promised, for float64 x [B, D] with the workspace that it filled."""
+        out = workspace.new_empty(len(x), self.output_dim)
+        _LIBRARY.mlp_act(
+            *self._network,
+            self._activation,
+            x.data_ptr(),
+            shift.data_ptr(),
+            scale.data_ptr(),
+            bound,
+            len(x),
+            out.data_ptr(),
+            workspace.data_ptr(),
         )
         return out
 
@@ -233,6 +268,45 @@ class NativeMlp:
             *betas,
             work.data_ptr(),
         )
+
+
+class FrozenMlp:
+    """What a network was when this was made, for a few rows at a time: of `NativeMlp.frozen`."""
+
+    def __init__(self, mlp: NativeMlp, shift: Tensor, scale: Tensor, bound: float, workspace: Tensor):
+        self._mlp = mlp
+        self._affine = shift, scale, bound
+        self._workspace = workspace
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """x [B, D] → [B, K], or None where mlp.c had better not do it."""
+        x = x.double()
+        fits = x.dim() == 2 and x.shape[1] == self._mlp.input_dim and _wanted() and _plain(x, torch.float64)
+        return self._mlp.act(x.contiguous(), *self._affine, self._workspace) if fits and _of_one_thread(x) else None
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (_NUMBERS * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def ordinal_sample(eta: Tensor, noise: Tensor, low: Tensor, width: Tensor) -> Tensor | None:
+    """Of η [B, A n] and normal noise [B, A] the values low + width · i [B, A] that `Ordinal.sample` describes.
+
+    None where mlp.c had better not do it.
+    """
+    components = len(low)
+    parts = (eta, noise, low, width)
+    if not takes(eta) or noise.shape != (len(eta), components) or eta.dim() != 2 or eta.shape[1] % components:
+        return None
+    if not all(_plain(part) for part in parts) or low.shape != (components,) or width.shape != low.shape:
+        return None
+    eta, noise, low, width = (part.contiguous() for part in parts)
+    bins = eta.shape[1] // components
+    out, work = torch.empty_like(noise), eta.new_empty(_LIBRARY.mlp_padded(1) * bins)
+    _LIBRARY.ordinal_sample(
+        noise.numel(), components, bins, *(part.data_ptr() for part in (eta, noise, low, width, out, work))
+    )
+    return out
 
 
 def takes_vectors(*vectors: Tensor) -> bool:

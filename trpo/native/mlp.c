@@ -115,15 +115,11 @@ static void product(long rows, long cols, long depth, const float *a, long a_row
 
 /* ---------------------------------------------------------------------------------------------- activations ---- */
 
-/* Written for one number; the compiler does a vector of them at a time.
- *
- * tanh x = (e^{2x} − 1) / (e^{2x} + 1), and near 0, where that cancels, its power series; within 3 units in the last
- * place. e^y = 2^n e^r with |r| ≤ ½ ln 2, its power series to the 7th. NaN passes. */
-static inline float tanh_(float x)
+/* Written for one number; the compiler does a vector of them at a time. */
+
+/* e^y = 2^n e^r with |r| ≤ ½ ln 2, its power series to the 7th; for |y| ≤ 87. */
+static inline float exp_(float y)
 {
-    const float limit = 9.1f; /* 1 − tanh is below half a unit there */
-    float y = x < -limit ? -limit : x;
-    y = 2 * (y > limit ? limit : y);
     const float big = 12582912.0f; /* 1.5 · 2²³: a sum with it has no room for a fraction */
     const float shifted = y * 1.44269504f + big, n = shifted - big;
     const float r = y - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first one exact times n */
@@ -131,7 +127,16 @@ static inline float tanh_(float x)
                       r * (1.0f / 5040)))))));
     union { float f; int i; } power = {shifted};
     power.i = (power.i - 0x4b400000 + 127) << 23; /* big's own bits taken off, n is left: 2^n */
-    const float e = e_r * power.f, s = x * x;
+    return e_r * power.f;
+}
+
+/* tanh x = (e^{2x} − 1) / (e^{2x} + 1), and near 0, where that cancels, its power series; within 3 units in the last
+ * place. NaN passes. */
+static inline float tanh_(float x)
+{
+    const float limit = 9.1f; /* 1 − tanh is below half a unit there */
+    const float y = x < -limit ? -limit : x;
+    const float e = exp_(2 * (y > limit ? limit : y)), s = x * x;
     const float near = x + x * s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315 + s * (62.0f / 2835 -
                        s * (1382.0f / 155925)))));
     return fabsf(x) < 0.3f ? near : (e - 1) / (e + 1);
@@ -244,7 +249,7 @@ static void add_rows(const float *from, long rows, long width, float *sum)
 }
 
 /* Of the functions here and their arguments: `trpo/native/__init__.py` has the same number. */
-int mlp_version(void) { return 2; }
+int mlp_version(void) { return 3; }
 
 /* Whether this processor has the instructions that this file was compiled to. */
 int mlp_runs_here(void)
@@ -267,29 +272,68 @@ int mlp_runs_here(void)
 long mlp_workspace(const long *widths, int layers, long rows) { return plan(widths, layers, rows).total; }
 long mlp_padded(long width) { return pad(width); }
 
+/* Weights and biases into the workspace: turned for the way forward, and with `keep` as they are for the way back. */
+static void take_parameters(const Plan *p, int layers, const float *const *parameters, int keep, float *work)
+{
+    for (int l = 0; l < layers; l++) {
+        turn(parameters[2 * l], p->n[l + 1], p->n[l], work + p->turned[l]);
+        widen(parameters[2 * l + 1], 1, p->n[l + 1], work + p->bias[l]);
+        if (keep) widen(parameters[2 * l], p->n[l + 1], p->n[l], work + p->weight[l]);
+    }
+}
+
+/* All layers for a block of `count` rows, the workspace's from `at` on, whose inputs are there. */
+static void forward_block(const Plan *p, int layers, int activation, long at, long count, float *out, float *work)
+{
+    for (int l = 0; l < layers; l++) {
+        const int last = l == layers - 1;
+        const long width = pad(p->n[l + 1]);
+        float *z = last ? work + p->block[0] : work + p->input[l + 1] + at * width;
+        const float *h = work + p->input[l] + at * pad(p->n[l]);
+        through(p, l, count, h, work + p->turned[l], work + p->bias[l], z);
+        if (!last) activate(activation, z, count * width);
+    }
+    narrow(work + p->block[0], count, p->n[layers], out);
+}
+
 /* f(θ) [rows, n_L] of x [rows, n_0]. With `keep`, what the products below need stays in the workspace of `rows` rows;
  * without, one of BLOCK rows, or of as many as there are, is enough. */
 void mlp_forward(const long *widths, int layers, int activation, const float *const *parameters, const float *x,
                  long rows, int keep, float *out, float *work)
 {
     const Plan p = plan(widths, layers, keep ? rows : least(rows, BLOCK));
-    for (int l = 0; l < layers; l++) {
-        turn(parameters[2 * l], p.n[l + 1], p.n[l], work + p.turned[l]);
-        widen(parameters[2 * l + 1], 1, p.n[l + 1], work + p.bias[l]);
-        if (keep) widen(parameters[2 * l], p.n[l + 1], p.n[l], work + p.weight[l]);
-    }
+    take_parameters(&p, layers, parameters, keep, work);
     for (long row = 0; row < rows; row += BLOCK) {
         const long count = least(BLOCK, rows - row), at = keep ? row : 0;
         widen(x + row * p.n[0], count, p.n[0], work + p.input[0] + at * pad(p.n[0]));
-        for (int l = 0; l < layers; l++) {
-            const int last = l == layers - 1;
-            const long width = pad(p.n[l + 1]);
-            float *z = last ? work + p.block[0] : work + p.input[l + 1] + at * width;
-            const float *h = work + p.input[l] + at * pad(p.n[l]);
-            through(&p, l, count, h, work + p.turned[l], work + p.bias[l], z);
-            if (!last) activate(activation, z, count * width);
+        forward_block(&p, layers, activation, at, count, out + row * p.n[layers], work);
+    }
+}
+
+/* A network that stays as it is for a while: its parameters into a workspace of BLOCK rows, for `mlp_act`. */
+void mlp_freeze(const long *widths, int layers, const float *const *parameters, float *work)
+{
+    const Plan p = plan(widths, layers, BLOCK);
+    take_parameters(&p, layers, parameters, 0, work);
+}
+
+/* f [rows, n_L] of clip((x − shift) · scale, ±clip), x [rows, n_0], by the parameters that `mlp_freeze` took. */
+void mlp_act(const long *widths, int layers, int activation, const double *x, const double *shift, const double *scale,
+             double clip, long rows, float *out, float *work)
+{
+    const Plan p = plan(widths, layers, BLOCK);
+    const long in = pad(p.n[0]);
+    for (long row = 0; row < rows; row += BLOCK) {
+        const long count = least(BLOCK, rows - row);
+        float *input = work + p.input[0];
+        for (long i = 0; i < count; i++) {
+            for (long j = 0; j < p.n[0]; j++) {
+                const double z = (*x++ - shift[j]) * scale[j]; /* NaN passes, here and on */
+                input[i * in + j] = (float)(z < -clip ? -clip : z > clip ? clip : z);
+            }
+            for (long j = p.n[0]; j < in; j++) input[i * in + j] = 0;
         }
-        narrow(work + p.block[0], count, p.n[layers], out + row * p.n[layers]);
+        forward_block(&p, layers, activation, 0, count, out + row * p.n[layers], work);
     }
 }
 
@@ -418,5 +462,44 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
         adam_step(size, theta, gradient, mean, square, beta1, beta2, epsilon[i], rate[i]);
         x += rows[i] * widths[0];
         y += outputs;
+    }
+}
+
+/* One of n values for each of `count` components: low + width · i, where i values of p have a cumulated probability
+ * below Φ(noise), log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const with η [count, n]. low and width repeat after so many
+ * `components`. `work`: n vectors. */
+void ordinal_sample(long count, long components, long n, const float *eta, const float *noise, const float *low,
+                    const float *width, float *out, float *work)
+{
+    for (long from = 0; from < count; from += LANES) {
+        const int lanes = (int)least(LANES, count - from);
+        float tilt[LANES] = {0}, logit[LANES] = {0}, top[LANES] = {0}, total[LANES] = {0}, below[LANES] = {0};
+        float found[LANES] = {0}, bound[LANES] = {0};
+        for (int k = 0; k < lanes; k++) tilt[k] = eta[(from + k) * n];
+        for (long i = 0; i < n; i++) {
+            float step[LANES] = {0};
+            for (int k = 0; i && k < lanes; k++) step[k] = eta[(from + k) * n + i] + tilt[k];
+            for (int k = 0; k < LANES; k++) {
+                logit[k] += step[k];
+                top[k] = logit[k] > top[k] ? logit[k] : top[k];
+                work[i * LANES + k] = logit[k];
+            }
+        }
+        for (long i = 0; i < n; i++)
+            for (int k = 0; k < LANES; k++) {
+                const float y = work[i * LANES + k] - top[k];
+                total[k] += work[i * LANES + k] = exp_(y < -87 ? -87 : y);
+            }
+        for (int k = 0; k < lanes; k++) bound[k] = 0.5f * erfcf(noise[from + k] * -0.70710678f) * total[k];
+        for (long i = 0; i < n - 1; i++)
+            for (int k = 0; k < LANES; k++) {
+                below[k] += work[i * LANES + k];
+                found[k] += below[k] < bound[k] ? 1 : 0;
+            }
+        for (int k = 0; k < lanes; k++) {
+            const long c = (from + k) % components;
+            /* Comparisons alone would turn what is not a number into the lowest value. */
+            out[from + k] = low[c] + width[c] * (found[k] + 0 * bound[k]);
+        }
     }
 }
