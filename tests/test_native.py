@@ -138,7 +138,11 @@ def test_a_frozen_network_normalises_and_keeps_to_its_parameters(
 ) -> None:
     mlp, exact = pair(sizes, activation)
     assert mlp.native is not None
-    shift, scale, x = 1e3 + randn(sizes[0], seed=1), 0.1 + randn(sizes[0], seed=2).abs(), 1e3 + 2 * randn(rows, sizes[0])
+    shift, scale, x = (
+        1e3 + randn(sizes[0], seed=1),
+        0.1 + randn(sizes[0], seed=2).abs(),
+        1e3 + 2 * randn(rows, sizes[0]),
+    )
     expected = exact(((x - shift) * scale).clamp(-1.5, 1.5))
     frozen = mlp.native.frozen(shift, scale, 1.5)
     for changed in (*mlp.parameters(), shift, scale):

@@ -128,6 +128,7 @@ class Ordinal:
         self.param_dim = self.action_dim * bins
         low, high = (torch.as_tensor(bound.ravel(), dtype=torch.float64) for bound in (space.low, space.high))
         self._low, self._width = low, (high - low) / (bins - 1)
+        self._values = self._low.float(), self._width.float()  # for compiled code
         # C [n, n]: how far each parameter of a component raises each logit; the tilt is the sum of all differences.
         above = torch.ones(bins - 1, bins, dtype=torch.float64).triu(1)
         self._raises = torch.cat([above.sum(0, keepdim=True), above])
@@ -137,7 +138,7 @@ class Ordinal:
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""
-        if (compiled := native.ordinal_sample(eta, noise, self._low.float(), self._width.float())) is not None:
+        if (compiled := native.ordinal_sample(eta, noise, *self._values)) is not None:
             return compiled
         p = self._probabilities(eta)
         index = (p.cumsum(0)[:-1] < torch.special.ndtr(noise)).sum(0)

@@ -84,7 +84,7 @@ class MLP(nn.Module):
         return head(x)
 
     def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """Raw x [B, D] → [B, K], for as long as neither parameters nor `normalizer` change; made for few rows, often."""
+        """Raw x [B, D] → [B, K], for as long as neither parameters nor `normalizer` change: for few rows, often."""
         compiled = None if self.native is None else self.native.frozen(*normalizer.affine)
 
         def forward(x: Tensor) -> Tensor:

@@ -51,23 +51,27 @@ class EnvpoolEnvs(VectorEnvAdapter):
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""
         obs = super().reset()
-        self._episode_steps = np.zeros(self.num_envs, np.int64)
         cuts = [first_episode_length(self._time_limit, seed) if self._config.stagger else NEVER for seed in self._seeds]
         self._cut_after = np.array(cuts)
+        self._first_steps = 0  # of the first episodes
         return obs
 
     def step(self, action: Tensor) -> Step:
         """See `BatchEnv.step`."""
         step = super().step(action)
-        self._episode_steps += 1
-        cut = (self._episode_steps >= self._cut_after) & ~self._ended
+        if (self._cut_after < NEVER).any():
+            self._cut_first_episodes()
+        return step
+
+    def _cut_first_episodes(self) -> None:
+        self._first_steps += 1
+        cut = (self._first_steps >= self._cut_after) & ~self._ended
         if cut.any():
             self._buffers.truncated[cut] = True
             pool: Any = self._env  # its `reset` takes the environments to reset
             first_obs, _ = pool.reset(np.flatnonzero(cut))
             self._buffers.reset_obs[cut] = first_obs
         self._cut_after[cut | self._ended] = NEVER
-        return step
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run is: enough for other seeds than those it began with."""

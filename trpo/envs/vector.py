@@ -69,7 +69,7 @@ class VectorEnvAdapter:
         """See `BatchEnv.step`."""
         buffers = self._buffers
         native = native_actions(self._encoding, action, self.num_envs)
-        is_reset = self._ended & (self._mode is AutoresetMode.NEXT_STEP)
+        resets = self._ended if self._mode is AutoresetMode.NEXT_STEP and self._ended.any() else None
         obs, reward, terminated, truncated, infos = self._env.step(self._encoding.batched(native))
         self._steps += 1
         for target, values in (
@@ -78,17 +78,16 @@ class VectorEnvAdapter:
             (buffers.truncated, truncated),
         ):
             _copy(target, values)
-        np.logical_not(is_reset, out=buffers.valid)
-        buffers.reward[is_reset] = 0.0
-        buffers.terminated[is_reset] = buffers.truncated[is_reset] = False
+        buffers.valid[:] = True
+        if resets is not None:
+            buffers.reward[resets] = 0.0
+            buffers.valid[resets] = buffers.terminated[resets] = buffers.truncated[resets] = False
         self._ended = buffers.terminated | buffers.truncated
         self._settle(obs, self._ended, infos)
-        for values, what in (
-            (buffers.reward, "a reward"),
-            (buffers.next_obs, "an observation"),
-            (buffers.reset_obs, "a first observation"),
-        ):
-            self._check_finite(values, what)
+        self._check_finite(buffers.reward, "a reward")
+        self._check_finite(buffers.next_obs, "an observation")
+        if self._ended.any():  # else both observations are the same
+            self._check_finite(buffers.reset_obs, "a first observation")
         return self._step
 
     def state_dict(self) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def takes(x: Tensor) -> bool:
 def _of_one_thread(x: Tensor) -> bool:
     """Whether there are so few rows, or threads, that one does best."""
     # To be asked last: the number of rows, asked for while an exporter traces, would become a constant.
-    return len(x) <= BLOCK or torch.get_num_threads() == 1
+    return x.shape[0] <= BLOCK or torch.get_num_threads() == 1
 
 
 def _wanted() -> bool:
@@ -185,7 +185,8 @@ class NativeMlp:
 
     def act(self, x: Tensor, shift: Tensor, scale: Tensor, bound: float, workspace: Tensor) -> Tensor:
         """What `frozen` promised, for float64 x [B, D] with the workspace that it filled."""
-        out = workspace.new_empty(len(x), self.output_dim)
+        rows = x.shape[0]
+        out = workspace.new_empty(rows, self.output_dim)
         _LIBRARY.mlp_act(
             *self._network,
             self._activation,
@@ -193,7 +194,7 @@ class NativeMlp:
             shift.data_ptr(),
             scale.data_ptr(),
             bound,
-            len(x),
+            rows,
             out.data_ptr(),
             workspace.data_ptr(),
         )
@@ -294,17 +295,18 @@ def ordinal_sample(eta: Tensor, noise: Tensor, low: Tensor, width: Tensor) -> Te
 
     None where mlp.c had better not do it.
     """
-    components = len(low)
-    parts = (eta, noise, low, width)
-    if not takes(eta) or noise.shape != (len(eta), components) or eta.dim() != 2 or eta.shape[1] % components:
+    if noise.dim() != 2 or not noise.numel() or not takes(eta) or not all(map(_plain, (noise, low, width))):
         return None
-    if not all(_plain(part) for part in parts) or low.shape != (components,) or width.shape != low.shape:
+    rows, components = noise.shape
+    if eta.dim() != 2 or eta.shape[0] != rows or eta.shape[1] % components:
         return None
-    eta, noise, low, width = (part.contiguous() for part in parts)
+    if low.shape != (components,) or width.shape != (components,):
+        return None
+    eta, noise, low, width = (part.contiguous() for part in (eta, noise, low, width))
     bins = eta.shape[1] // components
     out, work = torch.empty_like(noise), eta.new_empty(_LIBRARY.mlp_padded(1) * bins)
     _LIBRARY.ordinal_sample(
-        noise.numel(), components, bins, *(part.data_ptr() for part in (eta, noise, low, width, out, work))
+        rows * components, components, bins, *(part.data_ptr() for part in (eta, noise, low, width, out, work))
     )
     return out
 
