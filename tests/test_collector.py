@@ -127,13 +127,13 @@ def test_actions_are_the_policys_for_the_stored_observations_and_what_the_enviro
         assert torch.equal(env.actions[t], rollout.action[t])
 
 
-def test_noise_is_colored_where_neighbours_mean_something() -> None:
-    for kind, exponent in (("gaussian", 1.0), ("ordinal", 1.0), ("categorical", 0.0)):
-        policy = make_policy(kind)
-        source = collector(CounterEnvs(3), policy=policy, noise_exponent=1.0)
-        source.collect()
-        white = policy.distribution.noise(8, 3, like=policy.theta.vector, generator=seeded(11))
-        assert torch.equal(source.noise, ColoredNoise(8, exponent, like=white)(white))
+@pytest.mark.parametrize("kind", ["gaussian", "ordinal", "categorical", "bernoulli"])
+def test_noise_is_colored(kind: str) -> None:
+    policy = make_policy(kind)
+    source = collector(CounterEnvs(3), policy=policy, noise_exponent=1.0)
+    source.collect()
+    white = policy.distribution.noise(8, 3, like=policy.theta.vector, generator=seeded(11))
+    assert torch.equal(source.noise, ColoredNoise(8, 1.0, like=white)(white))
 
 
 def test_rollouts_continue_where_the_last_one_ended_in_the_same_memory() -> None:

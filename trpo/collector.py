@@ -38,7 +38,7 @@ class Collector:
         policy: samples the actions.
         length: T.
         generator: source of the action noise.
-        noise_exponent: β of the spectrum 1/f^β that normal noise has over the T steps; other noise is white.
+        noise_exponent: β of the spectrum 1/f^β that the noise has over the T steps.
         shard: which of `total_envs` environments are this process's. The noise of all of them is drawn, so that the
             numbers do not depend on how environments are spread over processes.
     """
@@ -61,8 +61,7 @@ class Collector:
         self.shard = shard or slice(0, env.num_envs)
         self.total_envs = total_envs or env.num_envs
         self.obs = env.reset().clone()
-        exponent = noise_exponent if policy.distribution.normal_noise else 0.0
-        self._color = ColoredNoise(length, exponent, like=policy.theta.vector)
+        self._color = ColoredNoise(length, noise_exponent, like=policy.theta.vector)
         self.noise = torch.empty(0)
         self._buffers = _buffers(env, policy, length, self.obs)
         self._success = torch.full((length, env.num_envs), torch.nan, device=env.device)

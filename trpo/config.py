@@ -143,7 +143,7 @@ class PolicyConfig(Settings):
         0.5,
         ge=0,
         le=2,
-        description="β of the spectrum 1/f^β of the noise of Box actions over a rollout: 0 is white, 1 pink.",
+        description="β of the spectrum 1/f^β of the action noise over a rollout: 0 is white, 1 pink.",
     )
     mean_head_scale: float = Field(0.01, gt=0, description="Gain of the orthogonal initialisation of the last layer.")
 

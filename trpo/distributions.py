@@ -25,13 +25,12 @@ class Distribution(Protocol):
     param_dim: int
     action_dim: int
     action_dtype: torch.dtype | None  # None: the dtype of η
-    normal_noise: bool  # whether the noise is N(0, 1), one number a component, so that it may be coloured
 
     def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws the random numbers behind `sample` for `shape` actions: [*shape, noise width]."""
+        """Draws the N(0, 1) numbers behind `sample` for `shape` actions: [*shape, Z], Z of them for each."""
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
-        """a ~ π(· | η), a deterministic function of η [B, K] and `noise`: actions [B, A]."""
+        """a ~ π(· | η), a deterministic function of η [B, K] and `noise` [B, Z]: actions [B, A]."""
 
     def mode(self, eta: Tensor) -> Tensor:
         """The action without noise [B, A]: the most likely one, or where actions have an order the mean."""
@@ -55,18 +54,23 @@ class Distribution(Protocol):
         """
 
 
-class DiagonalGaussian:
+class _NormalNoise:
+    """What is random in an action is N(0, 1), so that noise of any family can be coloured in time."""
+
+    noise_dim: int  # Z
+
+    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randn(*shape, self.noise_dim, generator=generator, device=like.device, dtype=like.dtype)
+
+
+class DiagonalGaussian(_NormalNoise):
     """π(a | η) = N(μ, diag σ²) with η = (μ, log σ), K = 2A."""
 
     action_dtype: torch.dtype | None = None
-    normal_noise = True
 
     def __init__(self, action_dim: int):
-        self.action_dim = action_dim
+        self.action_dim = self.noise_dim = action_dim
         self.param_dim = 2 * action_dim
-
-    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randn(*shape, self.action_dim, generator=generator, device=like.device, dtype=like.dtype)
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         mean, log_std = eta.chunk(2, -1)
@@ -104,7 +108,7 @@ class DiagonalGaussian:
         return lambda u: diagonal * u
 
 
-class Ordinal:
+class Ordinal(_NormalNoise):
     """Each component takes one of n values in order, evenly spaced over a bounded Box (Tang & Agrawal 2020).
 
         log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const,   i = 0 … n − 1
@@ -120,11 +124,10 @@ class Ordinal:
     """
 
     action_dtype: torch.dtype | None = None  # actions are the values themselves
-    normal_noise = True
 
     def __init__(self, space: spaces.Box, bins: int):
         self.bins = bins
-        self.action_dim = math.prod(space.shape)
+        self.action_dim = self.noise_dim = math.prod(space.shape)
         self.param_dim = self.action_dim * bins
         low, high = (torch.as_tensor(bound.ravel(), dtype=torch.float64) for bound in (space.low, space.high))
         self._low, self._width = low, (high - low) / (bins - 1)
@@ -132,9 +135,6 @@ class Ordinal:
         # C [n, n]: how far each parameter of a component raises each logit; the tilt is the sum of all differences.
         above = torch.ones(bins - 1, bins, dtype=torch.float64).triu(1)
         self._raises = torch.cat([above.sum(0, keepdim=True), above])
-
-    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randn(*shape, self.action_dim, generator=generator, device=like.device, dtype=like.dtype)
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""
@@ -207,24 +207,19 @@ class Ordinal:
         return ((action - self._low.to(action)) / self._width.to(action)).round().long()
 
 
-class Categorical:
+class Categorical(_NormalNoise):
     """Independent categorical components with η their concatenated logits; one component is the plain categorical."""
 
     action_dtype: torch.dtype | None = torch.int64
-    normal_noise = False
 
     def __init__(self, sizes: Sequence[int]):
         self.sizes = [int(n) for n in sizes]
         self.action_dim = len(self.sizes)
-        self.param_dim = sum(self.sizes)
-
-    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        out = torch.empty(*shape, self.param_dim, device=like.device, dtype=like.dtype)
-        return out.exponential_(generator=generator)
+        self.param_dim = self.noise_dim = sum(self.sizes)
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
-        """argmax_i η_i − log e_i with e_i ~ Exp(1): the Gumbel-max rule, no normalisation needed."""
-        return self._argmax(eta - noise.log())
+        """argmax_i η_i − log e_i with e_i = −log Φ(noise_i) ~ Exp(1): the Gumbel-max rule, no normalisation needed."""
+        return self._argmax(eta - torch.special.log_ndtr(noise).neg().log())
 
     def mode(self, eta: Tensor) -> Tensor:
         return self._argmax(eta)
@@ -268,21 +263,16 @@ class Categorical:
         return torch.stack([part.argmax(-1) for part in eta.split(self.sizes, -1)], -1)
 
 
-class Bernoulli:
+class Bernoulli(_NormalNoise):
     """A independent coins with η their logits, K = A."""
 
     action_dtype: torch.dtype | None = torch.int64
-    normal_noise = False
 
     def __init__(self, action_dim: int):
-        self.action_dim = action_dim
-        self.param_dim = action_dim
-
-    def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.rand(*shape, self.action_dim, generator=generator, device=like.device, dtype=like.dtype)
+        self.action_dim = self.param_dim = self.noise_dim = action_dim
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
-        return (noise < eta.sigmoid()).to(self.action_dtype)
+        return (torch.special.ndtr(noise) < eta.sigmoid()).to(self.action_dtype)
 
     def mode(self, eta: Tensor) -> Tensor:
         return (eta > 0).to(self.action_dtype)

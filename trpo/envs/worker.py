@@ -20,6 +20,7 @@ import json
 import mmap
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -77,6 +78,8 @@ class Worker:
     def __init__(self, config: EnvConfig, seeds: Sequence[int], start: int, memory: int) -> None:
         self.start, self.stop = start, start + len(seeds)
         self._connection, theirs = Pipe()
+        self._answers = select.poll()  # once for all waits: `Connection.poll` builds a selector for each
+        self._answers.register(self._connection.fileno(), select.POLLIN)
         # One thread each: as many workers as cores are running already.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with theirs:
@@ -118,7 +121,7 @@ class Worker:
             EnvError: What went wrong in the worker, with its traceback as cause.
         """
         try:
-            if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+            if not self._answers.poll(1000 * max(0.0, deadline - time.monotonic())):
                 raise WorkerLost(
                     f"the worker process of {self.name} gave no answer within {allowed_s:g} s: fix the environment "
                     "that hangs, or raise env.timeout_s"
