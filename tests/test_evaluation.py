@@ -124,7 +124,7 @@ def test_an_episode_does_not_depend_on_those_beside_it(env_id, deterministic):
     many = evaluate(policy, env, space, episodes=7, seed=3, deterministic=deterministic)
     few = evaluate(policy, env, space, episodes=2, seed=3, deterministic=deterministic)
     assert many.returns[:2] == few.returns and many.lengths[:2] == few.lengths
-    assert many.returns[0] != many.returns[1]
+    assert len(set(many.returns)) > 1
 
 
 def test_more_episodes_than_fit_side_by_side_continue_the_seeds():
