@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gymnasium import spaces
 from helpers import randn, relative_error, seeded
 from torch import Tensor
 
 from trpo import native
+from trpo.distributions import Ordinal
 from trpo.networks import MLP, MlpLinearization, NativeLinearization
 from trpo.parameters import FlatParameters
 
@@ -171,56 +173,80 @@ def test_what_cannot_be_frozen_or_does_not_fit_is_left_to_torch() -> None:
     assert mlp.native.frozen(shift.float(), scale, 1.0) is None
 
 
+def ordinal(components: int, bins: int) -> tuple[native.NativeOrdinal, Ordinal]:
+    """The compiled functions of a distribution, and its formulas, which float64 leaves to torch."""
+    low = randn(components, seed=2).float()
+    high = low + 1 + randn(components, seed=3).abs().float()
+    family = Ordinal(spaces.Box(low.numpy(), high.numpy()), bins)
+    return family._native, family
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("bins", [2, 3, 11, 100])
+@pytest.mark.parametrize("components", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 16, 77])
+@torch.no_grad()
+def test_ordinal_distributions(rows: int, components: int, bins: int) -> None:
+    compiled, exact = ordinal(components, bins)
+    eta, u = randn(rows, components * bins).float(), randn(rows, components * bins, seed=1).float()
+    for spread in (1.0, bins**-0.5):  # some values next to impossible, or none
+        log_p, expected = compiled.log_probabilities(spread * eta), exact._log_probabilities(spread * eta.double())
+        assert log_p is not None
+        # Sums of up to 100 float32 numbers, which reach some hundreds.
+        torch.testing.assert_close(log_p.double(), expected, rtol=1e-5, atol=1e-4)
+    product = compiled.metric(log_p.exp(), u)
+    assert product is not None
+    assert relative_error(product.double(), exact.metric(spread * eta.double())(u.double())) <= 10 * TOLERANCE
+
+
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("bins", [2, 3, 11, 100])
 @pytest.mark.parametrize("components", [1, 3, 17])
 @pytest.mark.parametrize("rows", [1, 16, 77])
 @torch.no_grad()
 def test_ordinal_samples(rows: int, components: int, bins: int) -> None:
-    eta, noise = randn(rows, components * bins), randn(rows, components, seed=1)
-    eta[0] *= 20  # some values next to impossible
-    low, width = randn(components, seed=2), 1 + randn(components, seed=3).abs()
-    actual = native.ordinal_sample(eta.float(), noise.float(), low.float(), width.float())
-    # log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j, written out.
-    parts = eta.float().double().view(rows, components, bins)
-    rises = torch.nn.functional.pad(parts[..., 1:] + parts[..., :1], (1, 0)).cumsum(-1)
-    cumulated = rises.softmax(-1).cumsum(-1)[..., :-1]
-    u = torch.special.ndtr(noise.float().double()).unsqueeze(-1)
-    index = (cumulated < u).sum(-1)
+    compiled, exact = ordinal(components, bins)
+    eta, noise = randn(rows, components * bins).float(), randn(rows, components, seed=1).float()
+    actual = compiled.sample(eta, noise)
     assert actual is not None
-    found = (actual.double() - low.float()) / width.float()
-    assert (found - found.round()).abs().max() < 1e-4  # of values up to 100, in float32
-    # A sum of up to 100 float32 exponentials: where u lies so near an edge, either neighbour is right.
-    near = ((cumulated - u).abs() < 1e-5).any(-1)
-    assert (found.round() == index)[~near].all() and ((found.round() - index).abs() <= 1).all()
+    index, expected = exact._index(actual), exact._index(exact.sample(eta.double(), noise.double()))
+    # A sum of up to 100 float32 exponentials: where Φ(noise) lies that near an edge, either neighbour is right.
+    edges = exact._log_probabilities(eta.double()).exp().cumsum(0)[:-1]
+    near = ((edges - torch.special.ndtr(noise.double())).abs() < 1e-5).any(0)
+    assert (index == expected)[~near].all() and ((index - expected).abs() <= 1).all()
     assert near.double().mean() < 0.02
+    torch.testing.assert_close(actual.double(), exact._value(index.double()), rtol=1e-6, atol=1e-6)
 
 
 @needs_native
 @torch.no_grad()
-def test_ordinal_samples_of_what_is_not_finite_are_not_numbers() -> None:
-    eta, noise, ends = torch.zeros(4, 2 * 5), torch.zeros(4, 2), torch.ones(2)
+def test_what_is_not_finite_spoils_its_own_component() -> None:
+    compiled, _ = ordinal(2, 5)
+    eta, noise = torch.zeros(4, 2 * 5), torch.zeros(4, 2)
     eta[0, 2], eta[1, 5], eta[2, 9], noise[3, 1] = math.nan, math.inf, -math.inf, math.nan
-    actual = native.ordinal_sample(eta, noise, ends, ends)
-    assert actual is not None
-    assert actual.isnan().tolist() == [[True, False], [False, True], [False, False], [False, True]]
+    spoilt = [[True, False], [False, True], [False, False], [False, False]]
+    log_p, samples = compiled.log_probabilities(eta), compiled.sample(eta, noise)
+    assert log_p is not None and samples is not None
+    assert log_p.isnan().any(0).tolist() == spoilt
+    assert samples.isnan().tolist() == [*spoilt[:3], [False, True]]
+    product = compiled.metric(log_p.exp(), torch.ones(4, 2 * 5))
+    assert product is not None and product.view(4, 2, 5).isnan().any(-1).tolist() == spoilt
 
 
 @needs_native
 @torch.no_grad()
-def test_ordinal_samples_of_anything_else_are_left_to_torch() -> None:
-    eta, noise, ends = torch.zeros(4, 2 * 5), torch.zeros(4, 2), torch.ones(2)
-    assert native.ordinal_sample(eta, noise, ends, ends) is not None
-    for wrong in (
-        (eta.double(), noise, ends, ends),
-        (eta, noise.double(), ends, ends),
-        (eta, noise[:3], ends, ends),
-        (eta[:, :9], noise, ends, ends),
-        (eta, noise, ends[:1], ends[:1]),
-        (eta, noise, ends, ends[:1]),
-        (eta[None], noise[None], ends, ends),
-    ):
-        assert native.ordinal_sample(*wrong) is None
+def test_ordinal_distributions_of_anything_else_are_left_to_torch() -> None:
+    compiled, _ = ordinal(2, 5)
+    eta, noise, p = torch.zeros(4, 2 * 5), torch.zeros(4, 2), torch.full((5, 4, 2), 0.2)
+    assert compiled.log_probabilities(eta) is not None
+    assert compiled.sample(eta, noise) is not None and compiled.metric(p, eta) is not None
+    for wrong in (eta.double(), eta[:, :9], eta[None], eta[0]):
+        assert compiled.log_probabilities(wrong) is None
+        assert compiled.sample(wrong, noise) is None and compiled.metric(p, wrong) is None
+    for wrong in (noise.double(), noise[:3], noise[:, :1]):
+        assert compiled.sample(eta, wrong) is None
+    for wrong in (p.double(), p[:4], p[:, :3], p[..., :1]):
+        assert compiled.metric(wrong, eta) is None
 
 
 @needs_native

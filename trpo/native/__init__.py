@@ -39,6 +39,8 @@ _SIGNATURES: dict[str, tuple[type | None, list]] = {
     "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_factors": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_adam": (None, [*_NETWORK, _INT, *[_NUMBERS] * 5, _INT, *[_NUMBERS] * 3, _FLOAT, _FLOAT, _NUMBERS]),
+    "ordinal_log_probabilities": (None, [_LONG, _LONG, _NUMBERS, _NUMBERS, _NUMBERS]),
+    "ordinal_metric": (None, [_LONG, _LONG, *[_NUMBERS] * 4]),
     "ordinal_sample": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 6]),
     "adam_step": (None, [_LONG, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _FLOAT, _FLOAT, _FLOAT, _FLOAT]),
 }
@@ -290,25 +292,55 @@ def _addresses(tensors: Sequence[Tensor]) -> Any:
     return (_NUMBERS * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def ordinal_sample(eta: Tensor, noise: Tensor, low: Tensor, width: Tensor) -> Tensor | None:
-    """Of η [B, A n] and normal noise [B, A] the values low + width · i [B, A] that `Ordinal.sample` describes.
+class NativeOrdinal:
+    """The functions of mlp.c for distributions over `bins` values of each of some components, as `Ordinal` writes them.
 
-    None where mlp.c had better not do it.
+    All return None where mlp.c had better not do it.
+
+    Args:
+        low: [A] first value of each component.
+        width: [A] from one to the next.
+        bins: n.
     """
-    if noise.dim() != 2 or not noise.numel() or not takes(eta) or not all(map(_plain, (noise, low, width))):
-        return None
-    rows, components = noise.shape
-    if eta.dim() != 2 or eta.shape[0] != rows or eta.shape[1] % components:
-        return None
-    if low.shape != (components,) or width.shape != (components,):
-        return None
-    eta, noise, low, width = (part.contiguous() for part in (eta, noise, low, width))
-    bins = eta.shape[1] // components
-    out, work = torch.empty_like(noise), eta.new_empty(_LIBRARY.mlp_padded(1) * bins)
-    _LIBRARY.ordinal_sample(
-        rows * components, components, bins, *(part.data_ptr() for part in (eta, noise, low, width, out, work))
-    )
-    return out
+
+    def __init__(self, low: Tensor, width: Tensor, bins: int):
+        self.low, self.width, self.bins = low.float().contiguous(), width.float().contiguous(), bins
+        self.components = len(low)
+
+    def log_probabilities(self, eta: Tensor) -> Tensor | None:
+        """η [B, A n] → log p [n, B, A]."""
+        if not self._fits(eta):
+            return None
+        out = eta.new_empty(self.bins, eta.shape[0], self.components)
+        sizes = eta.shape[0] * self.components, self.bins
+        return self._call(_LIBRARY.ordinal_log_probabilities, sizes, eta.contiguous(), out)
+
+    def metric(self, p: Tensor, u: Tensor) -> Tensor | None:
+        """p [n, B, A] and u [B, A n] → M u [B, A n], M the Fisher metric in η."""
+        if not self._fits(u) or not _plain(p) or p.shape != (self.bins, u.shape[0], self.components):
+            return None
+        out = torch.empty_like(u, memory_format=torch.contiguous_format)
+        sizes = u.shape[0] * self.components, self.bins
+        return self._call(_LIBRARY.ordinal_metric, sizes, p.contiguous(), u.contiguous(), out)
+
+    def sample(self, eta: Tensor, noise: Tensor) -> Tensor | None:
+        """η [B, A n] and normal noise [B, A] → values [B, A]."""
+        if not self._fits(eta) or not _plain(noise) or noise.shape != (eta.shape[0], self.components):
+            return None
+        out = torch.empty_like(noise, memory_format=torch.contiguous_format)
+        sizes = noise.numel(), self.components, self.bins
+        return self._call(
+            _LIBRARY.ordinal_sample, sizes, eta.contiguous(), noise.contiguous(), self.low, self.width, out
+        )
+
+    def _fits(self, eta: Tensor) -> bool:
+        return eta.dim() == 2 and eta.shape[1] == self.components * self.bins and takes(eta)
+
+    def _call(self, function: Any, sizes: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        out = tensors[-1]
+        work = out.new_empty(_LIBRARY.mlp_padded(1) * self.bins)
+        function(*sizes, *(tensor.data_ptr() for tensor in (*tensors, work)))
+        return out
 
 
 def takes_vectors(*vectors: Tensor) -> bool:

@@ -465,32 +465,91 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
     }
 }
 
-/* One of n values for each of `count` components: low + width · i, where i values of p have a cumulated probability
- * below Φ(noise), log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const with η [count, n]. low and width repeat after so many
- * `components`. `work`: n vectors. */
+/* --------------------------------------------------------------------------------------- ordinal policies ---- */
+
+/* Each of `count` components has n values in order, log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const. η, and what is dual to
+ * it, comes as [count, n], what belongs to values as [n, count]; `work` holds n vectors. */
+
+/* Of up to LANES components, from `from` on: logit i of η − logit 0, value by value in `work`. Returns the largest. */
+static vec logits(long from, int lanes, long n, const float *eta, float *work)
+{
+    float tilt[LANES] = {0}, logit[LANES] = {0}, top[LANES] = {0};
+    for (int k = 0; k < lanes; k++) tilt[k] = eta[(from + k) * n];
+    store(work, all(0));
+    for (long i = 1; i < n; i++) {
+        for (int k = 0; k < lanes; k++) logit[k] += eta[(from + k) * n + i] + tilt[k];
+        for (int k = 0; k < LANES; k++) top[k] = logit[k] > top[k] ? logit[k] : top[k];
+        store(work + i * LANES, load(logit));
+    }
+    return load(top);
+}
+
+/* x, with exp(x − top) in its place; what is below e^-87 is that. Returns the sum. */
+static vec exponentials(long n, vec top, float *x)
+{
+    vec total = all(0);
+    for (long i = 0; i < n; i++) {
+        float y[LANES];
+        store(y, load(x + i * LANES) - top);
+        for (int k = 0; k < LANES; k++) y[k] = exp_(y[k] < -87 ? -87 : y[k]);
+        store(x + i * LANES, load(y));
+        total += load(y);
+    }
+    return total;
+}
+
+/* log p [n, count] of η. */
+void ordinal_log_probabilities(long count, long n, const float *eta, float *out, float *work)
+{
+    for (long from = 0; from < count; from += LANES) {
+        const int lanes = (int)least(LANES, count - from);
+        const vec top = logits(from, lanes, n, eta, work);
+        float high[LANES], total[LANES];
+        store(high, top);
+        for (long i = 0; i < n; i++)
+            for (int k = 0; k < lanes; k++) out[i * count + from + k] = work[i * LANES + k] - high[k];
+        store(total, exponentials(n, top, work));
+        for (int k = 0; k < lanes; k++) total[k] = logf(total[k]);
+        for (long i = 0; i < n; i++)
+            for (int k = 0; k < lanes; k++) out[i * count + from + k] -= total[k];
+    }
+}
+
+/* C w [count, n] of w_i = p_i (v_i − Σ p v), v = Cᵀ u: the product of u with the Fisher metric in η, p [n, count]. */
+void ordinal_metric(long count, long n, const float *p, const float *u, float *out, float *work)
+{
+    for (long from = 0; from < count; from += LANES) {
+        const int lanes = (int)least(LANES, count - from);
+        float here[LANES] = {0};
+        vec mean = all(0), above = all(0), tilt = all(0);
+        logits(from, lanes, n, u, work);
+        for (long i = 0; i < n; i++) {
+            for (int k = 0; k < lanes; k++) here[k] = p[i * count + from + k];
+            mean += load(here) * load(work + i * LANES);
+        }
+        for (long i = n - 1; i > 0; i--) {
+            for (int k = 0; k < lanes; k++) here[k] = p[i * count + from + k];
+            above += load(here) * (load(work + i * LANES) - mean);
+            tilt += above;
+            store(here, above);
+            for (int k = 0; k < lanes; k++) out[(from + k) * n + i] = here[k];
+        }
+        store(here, tilt);
+        for (int k = 0; k < lanes; k++) out[(from + k) * n] = here[k];
+    }
+}
+
+/* One of the values of each component, low + width · i: so many i as have a cumulated probability below Φ(noise). low
+ * and width repeat after so many `components`. */
 void ordinal_sample(long count, long components, long n, const float *eta, const float *noise, const float *low,
                     const float *width, float *out, float *work)
 {
     for (long from = 0; from < count; from += LANES) {
         const int lanes = (int)least(LANES, count - from);
-        float tilt[LANES] = {0}, logit[LANES] = {0}, top[LANES] = {0}, total[LANES] = {0}, below[LANES] = {0};
-        float found[LANES] = {0}, bound[LANES] = {0};
-        for (int k = 0; k < lanes; k++) tilt[k] = eta[(from + k) * n];
-        for (long i = 0; i < n; i++) {
-            float step[LANES] = {0};
-            for (int k = 0; i && k < lanes; k++) step[k] = eta[(from + k) * n + i] + tilt[k];
-            for (int k = 0; k < LANES; k++) {
-                logit[k] += step[k];
-                top[k] = logit[k] > top[k] ? logit[k] : top[k];
-                work[i * LANES + k] = logit[k];
-            }
-        }
-        for (long i = 0; i < n; i++)
-            for (int k = 0; k < LANES; k++) {
-                const float y = work[i * LANES + k] - top[k];
-                total[k] += work[i * LANES + k] = exp_(y < -87 ? -87 : y);
-            }
-        for (int k = 0; k < lanes; k++) bound[k] = 0.5f * erfcf(noise[from + k] * -0.70710678f) * total[k];
+        const vec total = exponentials(n, logits(from, lanes, n, eta, work), work);
+        float bound[LANES] = {0}, found[LANES] = {0}, below[LANES] = {0};
+        store(bound, total);
+        for (int k = 0; k < LANES; k++) bound[k] *= k < lanes ? 0.5f * erfcf(noise[from + k] * -0.70710678f) : 0;
         for (long i = 0; i < n - 1; i++)
             for (int k = 0; k < LANES; k++) {
                 below[k] += work[i * LANES + k];
