@@ -133,6 +133,15 @@ def test_sample_frequencies_match_the_joint_probabilities(name: str) -> None:
     assert ((frequency - p).abs() <= 4 * (p * (1 - p) / SAMPLES).sqrt()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_coin_that_is_nearly_sure_falls_so(dtype: torch.dtype) -> None:
+    # Far beyond Φ⁻¹ of what float32 tells from 0 and 1: 5.4 and e^-17. P(Z > 6) is 1e-9, e^-30 is 1e-13.
+    noise = torch.tensor([[6.0], [-6.0]], dtype=dtype)
+    for eta, expected in ((30.0, [1, 1]), (-30.0, [0, 0]), (20.0, [0, 1]), (-20.0, [0, 1])):
+        drawn = Bernoulli(1).sample(torch.full((2, 1), eta, dtype=dtype), noise)
+        assert drawn.flatten().tolist() == expected
+
+
 def test_gaussian_samples_have_the_stated_moments() -> None:
     family, eta = DiagonalGaussian(2), torch.tensor([1.0, -2.0, -1.0, 0.5], dtype=F64)
     drawn = draw(family, eta.expand(SAMPLES, -1))

@@ -170,7 +170,8 @@ def test_what_cannot_be_frozen_or_does_not_fit_is_left_to_torch() -> None:
     torch.set_num_threads(2)
     assert frozen(x) is None and frozen(x[: native.BLOCK]) is not None
     assert exact.native.frozen(shift, scale, 1.0) is None
-    assert mlp.native.frozen(shift.float(), scale, 1.0) is None
+    for wrong in (shift.float(), shift[:2], shift[:1], torch.cat([shift, shift]), shift[None]):
+        assert mlp.native.frozen(wrong, scale, 1.0) is None and mlp.native.frozen(shift, wrong, 1.0) is None
 
 
 def ordinal(components: int, bins: int) -> tuple[native.NativeOrdinal, Ordinal]:
@@ -224,7 +225,7 @@ def test_what_is_not_finite_spoils_its_own_component() -> None:
     compiled, _ = ordinal(2, 5)
     eta, noise = torch.zeros(4, 2 * 5), torch.zeros(4, 2)
     eta[0, 2], eta[1, 5], eta[2, 9], noise[3, 1] = math.nan, math.inf, -math.inf, math.nan
-    spoilt = [[True, False], [False, True], [False, False], [False, False]]
+    spoilt = [[True, False], [False, True], [False, True], [False, False]]
     log_p, samples = compiled.log_probabilities(eta), compiled.sample(eta, noise)
     assert log_p is not None and samples is not None
     assert log_p.isnan().any(0).tolist() == spoilt
@@ -247,6 +248,14 @@ def test_ordinal_distributions_of_anything_else_are_left_to_torch() -> None:
         assert compiled.sample(eta, wrong) is None
     for wrong in (p.double(), p[:4], p[:, :3], p[..., :1]):
         assert compiled.metric(wrong, eta) is None
+
+
+@torch.no_grad()
+def test_torch_func_sees_operations_of_torch() -> None:
+    _, family = ordinal(2, 5)
+    p, q = randn(3, 4, 2 * 5).float(), randn(3, 4, 2 * 5, seed=1).float()
+    # Sums of 10 float32 products.
+    torch.testing.assert_close(torch.func.vmap(family.kl)(p, q), family.kl(p, q), rtol=1e-4, atol=1e-5)
 
 
 @needs_native

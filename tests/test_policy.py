@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -21,9 +22,12 @@ from helpers import (
     relative_error,
     seeded,
 )
+from torch import Tensor
 
-from trpo.config import Config, NormalizeConfig
+from trpo.config import Config
 from trpo.distributions import DiagonalGaussian
+from trpo.networks import MLP
+from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, GivenStdHead, build_normalizer, build_policy
 
 BOUNDS = (0.01, 10.0)
@@ -113,7 +117,7 @@ def test_sample_and_mode_see_normalised_observations() -> None:
 @pytest.mark.parametrize("raw_dtype", [torch.float32, F64])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("kind", POLICIES)
-def test_a_sampler_is_the_policy_as_it_was_when_it_was_made(
+def test_a_sampler_samples_as_the_policy_does(
     kind: str, dtype: torch.dtype, raw_dtype: torch.dtype, opaque: bool
 ) -> None:
     policy = make_policy(kind, dtype=dtype, opaque=opaque)
@@ -128,12 +132,36 @@ def test_a_sampler_is_the_policy_as_it_was_when_it_was_made(
 
 
 def test_a_sampler_without_normalisation_sees_observations_as_they_are() -> None:
-    settings = config().model_copy(update={"normalize": NormalizeConfig(observations=False, clip_observations=0.1)})
-    space = spaces.Box(-np.inf, np.inf, (OBS_DIM,))
-    policy = build_policy(settings, space, spaces.Box(-1, 1, (2,)), generator=seeded(), device=torch.device("cpu"))
-    policy.normalizer.update(100 + randn(50, OBS_DIM))
-    raw, noise = randn(20, OBS_DIM), randn(20, 2, dtype=torch.float32)
+    policy = make_policy("gaussian", dtype=torch.float32)
+    policy.normalizer.update(100 + 5 * randn(50, OBS_DIM))
+    policy.normalizer.enabled = False
+    policy.normalizer.clip = 0.1
+    raw, noise = randn(200, OBS_DIM), randn(200, 2, seed=1, dtype=torch.float32)
+    policy.load_state_dict(policy.state_dict())  # as resuming does, with statistics that are not to be used
     assert torch.equal(policy.sampler()(raw, noise), policy.sample(raw, noise))
+
+
+def test_a_sampler_asks_code_that_was_overridden() -> None:
+    class Twice(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Shifted(ObservationNormalizer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 1)
+
+    raw, noise = randn(20, OBS_DIM), randn(20, 2, dtype=torch.float32)
+    plain = make_policy("gaussian", dtype=torch.float32)
+    assert isinstance(plain.network, GaussianHead)
+    for change in ("network", "normalizer"):
+        policy = copy.deepcopy(plain)
+        if change == "network":
+            policy.network.network.__class__ = Twice
+        else:
+            policy.normalizer.__class__ = Shifted
+        actions = policy.sampler()(raw, noise)
+        assert torch.equal(actions, policy.sample(raw, noise))
+        assert not torch.equal(actions, plain.sample(raw, noise))
 
 
 def test_std_is_reported_only_where_it_is_one_number() -> None:

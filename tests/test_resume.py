@@ -104,6 +104,15 @@ def test_stop_and_resume_is_the_undisturbed_run(env_id, fit, tmp_path):
     assert len(table(run, PROGRESS_FILE)) == UPDATES
 
 
+def test_so_it_is_without_normalisation(tmp_path):
+    # With actions of any value, so that the last bit of an observation shows.
+    settings = {"normalize": {"observations": False}, "policy": {"bins": None}}
+    undisturbed = train(config("Hopper-v5", **settings), tmp_path / "a").directory
+    run = train(config("Hopper-v5", **settings), tmp_path / "b", max_updates=1).directory
+    resume(run)
+    assert_same_run(undisturbed, run)
+
+
 def test_what_was_trained_after_the_last_checkpoint_is_trained_again(tmp_path):
     """As after a crash: the directory holds metrics, a best policy and an evaluation that the checkpoint knows not."""
     undisturbed = train(config(), tmp_path / "a").directory

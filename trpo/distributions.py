@@ -275,7 +275,9 @@ class Bernoulli(_NormalNoise):
         self.action_dim = self.param_dim = self.noise_dim = action_dim
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
-        return (torch.special.ndtr(noise) < eta.sigmoid()).to(self.action_dtype)
+        """Φ(noise) < p, as odds: their logarithms keep the digits of both tails."""
+        odds = torch.special.log_ndtr(noise) - torch.special.log_ndtr(-noise)
+        return (odds < eta).to(self.action_dtype)
 
     def mode(self, eta: Tensor) -> Tensor:
         return (eta > 0).to(self.action_dtype)

@@ -40,6 +40,20 @@ class Factors(NamedTuple):
     outputs: Tensor  # [m, m] Σ δδᵀ
 
 
+def frozen(network: nn.Module, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
+    """x ↦ network(normalizer(x)) for as long as nothing changes in either: for few rows, often, in one thread.
+
+    A network may offer a `frozen(normalizer)` of its own; it counts where it was written for the network's `forward`,
+    that is, for the same class.
+    """
+    written = [
+        next((kind for kind in type(network).__mro__ if name in vars(kind)), None) for name in ("frozen", "forward")
+    ]
+    if written[0] is None or written[0] is not written[1]:
+        return lambda x: network(normalizer(x))
+    return network.frozen(normalizer)  # type: ignore[operator]
+
+
 # Each activation with its derivative as a function of (input z, output h).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "tanh": (torch.tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),
@@ -84,8 +98,9 @@ class MLP(nn.Module):
         return head(x)
 
     def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """Raw x [B, D] → [B, K], for as long as neither parameters nor `normalizer` change: for few rows, often."""
-        compiled = None if self.native is None else self.native.frozen(*normalizer.affine)
+        """See `frozen`."""
+        affine = normalizer.affine if type(normalizer) is ObservationNormalizer else None
+        compiled = self.native.frozen(*affine) if self.native is not None and affine is not None else None
 
         def forward(x: Tensor) -> Tensor:
             out = None if compiled is None else compiled(x)

@@ -83,7 +83,9 @@ class ObservationNormalizer(nn.Module):
     @property
     def affine(self) -> tuple[Tensor, Tensor, float]:
         """shift [D], scale [D] and bound of x ↦ clip((x − shift) · scale, ±bound), which is what this does."""
-        return self.shift, self.scale, self.clip if self.enabled else math.inf
+        if self.enabled:
+            return self.shift, self.scale, self.clip
+        return torch.zeros_like(self.shift), torch.ones_like(self.scale), math.inf
 
     def update(self, rows: Tensor, *, all_sum: AllSum = one_process) -> None:
         """Takes in observations [B, D] as the environment gave them."""

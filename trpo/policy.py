@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trpo.config import Config, LearnedStdConfig
 from trpo.distributions import DiagonalGaussian, Distribution, Ordinal, distribution_for
-from trpo.networks import MLP, AutogradLinearization, Factors, Linearization
+from trpo.networks import MLP, AutogradLinearization, Factors, Linearization, frozen
 from trpo.normalizer import ObservationNormalizer
 from trpo.parameters import FlatParameters
 from trpo.schedule import value_at
@@ -24,7 +24,7 @@ class Policy(nn.Module):
 
     `network` maps normalised observations [B, D] to the distribution parameters; for a Gaussian these pass through a
     `GaussianHead` or a `GivenStdHead`. Any module will do: one that offers `linearize` gets closed-form Fisher
-    products, others autograd.
+    products, others autograd; one that offers `frozen` has rollouts prepared by it.
 
     Attributes:
         theta: all trainable parameters as one vector.
@@ -59,11 +59,8 @@ class Policy(nn.Module):
 
     def sampler(self) -> Callable[[Tensor, Tensor], Tensor]:
         """`sample` for as long as nothing changes in the policy: what depends on no observation is computed once."""
-        frozen = getattr(self.network, "frozen", None)
-        if frozen is None:
-            return self.sample
         with torch.inference_mode():
-            parameters: Callable[[Tensor], Tensor] = frozen(self.normalizer)
+            parameters = frozen(self.network, self.normalizer)
         return torch.inference_mode()(lambda obs, noise: self.distribution.sample(parameters(obs), noise))
 
     @torch.inference_mode()
@@ -95,8 +92,8 @@ class GivenStdHead(nn.Module):
         return self._eta(self.network(obs))
 
     def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """`forward` of raw observations; see `MLP.frozen`."""
-        network = self.network.frozen(normalizer)
+        """See `networks.frozen`."""
+        network = frozen(self.network, normalizer)
         return lambda obs: self._eta(network(obs))
 
     def _eta(self, mean: Tensor) -> Tensor:
@@ -166,8 +163,8 @@ class GaussianHead(nn.Module):
         return self._eta(self.network(obs), self._free_log_std())
 
     def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """`forward` of raw observations; see `MLP.frozen`."""
-        network, log_std = self.network.frozen(normalizer), self._free_log_std()
+        """See `networks.frozen`."""
+        network, log_std = frozen(self.network, normalizer), self._free_log_std()
         return lambda obs: self._eta(network(obs), log_std)
 
     def _free_log_std(self) -> Tensor | None:

@@ -26,6 +26,7 @@ ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
 BLOCK = 128  # rows that mlp.c takes through all layers at a time
 MOST_LAYERS = 16
 
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 _NUMBERS, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 _NETWORK = [ctypes.POINTER(_LONG), _INT]
@@ -98,8 +99,8 @@ def _wanted() -> bool:
 
 
 def _plain(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Numbers in host memory, which no subclass stands for."""
-    return x.dtype is dtype and x.is_cpu and type(x) in (Tensor, nn.Parameter)
+    """Numbers in host memory, which no subclass or transformation of `torch.func` stands for."""
+    return x.dtype is dtype and x.is_cpu and type(x) in (Tensor, nn.Parameter) and not _is_transformed(x)
 
 
 def checked(x: Tensor, shape: Sequence[int], name: str) -> Tensor:
@@ -177,13 +178,16 @@ class NativeMlp:
 
     def frozen(self, shift: Tensor, scale: Tensor, bound: float) -> FrozenMlp | None:
         """x ↦ f(clip((x − shift) · scale, ±bound)) by the parameters as they are now; None where mlp.c cannot do it."""
-        parameters = self._parameters()
-        affine = [_plain(v, torch.float64) and v.is_contiguous() for v in (shift, scale)]
-        if _LIBRARY is None or parameters is None or not all(affine):
+        parameters, shape = self._parameters(), (self.input_dim,)
+        if _LIBRARY is None or parameters is None:
+            return None
+        if not all(_plain(v, torch.float64) and v.shape == shape for v in (shift, scale)):
             return None
         work = self.workspace(parameters[0].detach(), BLOCK)
         _LIBRARY.mlp_freeze(*self._network, _addresses(parameters), work.data_ptr())
-        return FrozenMlp(self, shift.clone(), scale.clone(), bound, work)
+        # Copies, row after row in memory.
+        shift, scale = (v.clone(memory_format=torch.contiguous_format) for v in (shift, scale))
+        return FrozenMlp(self, shift, scale, bound, work)
 
     def act(self, x: Tensor, shift: Tensor, scale: Tensor, bound: float, workspace: Tensor) -> Tensor:
         """What `frozen` promised, for float64 x [B, D] with the workspace that it filled."""
@@ -274,7 +278,10 @@ class NativeMlp:
 
 
 class FrozenMlp:
-    """What a network was when this was made, for a few rows at a time: of `NativeMlp.frozen`."""
+    """What a network was when this was made, for a few rows at a time, of `NativeMlp.frozen`.
+
+    For one thread of Python: calls share their memory.
+    """
 
     def __init__(self, mlp: NativeMlp, shift: Tensor, scale: Tensor, bound: float, workspace: Tensor):
         self._mlp = mlp
@@ -334,7 +341,7 @@ class NativeOrdinal:
         )
 
     def _fits(self, eta: Tensor) -> bool:
-        return eta.dim() == 2 and eta.shape[1] == self.components * self.bins and takes(eta)
+        return takes(eta) and eta.dim() == 2 and eta.shape[1] == self.components * self.bins
 
     def _call(self, function: Any, sizes: tuple[int, ...], *tensors: Tensor) -> Tensor:
         out = tensors[-1]

@@ -331,7 +331,6 @@ void mlp_act(const long *widths, int layers, int activation, const double *x, co
                 const double z = (*x++ - shift[j]) * scale[j]; /* NaN passes, here and on */
                 input[i * in + j] = (float)(z < -clip ? -clip : z > clip ? clip : z);
             }
-            for (long j = p.n[0]; j < in; j++) input[i * in + j] = 0;
         }
         forward_block(&p, layers, activation, 0, count, out + row * p.n[layers], work);
     }
@@ -470,7 +469,8 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
 /* Each of `count` components has n values in order, log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const. η, and what is dual to
  * it, comes as [count, n], what belongs to values as [n, count]; `work` holds n vectors. */
 
-/* Of up to LANES components, from `from` on: logit i of η − logit 0, value by value in `work`. Returns the largest. */
+/* Of up to LANES components, from `from` on: logit i of η − logit 0, value by value in `work`. Returns the largest, or NaN
+ * if one is not finite: comparisons alone would take such a policy for a certain one. */
 static vec logits(long from, int lanes, long n, const float *eta, float *work)
 {
     float tilt[LANES] = {0}, logit[LANES] = {0}, top[LANES] = {0};
@@ -481,7 +481,7 @@ static vec logits(long from, int lanes, long n, const float *eta, float *work)
         for (int k = 0; k < LANES; k++) top[k] = logit[k] > top[k] ? logit[k] : top[k];
         store(work + i * LANES, load(logit));
     }
-    return load(top);
+    return load(top) + 0 * load(logit);
 }
 
 /* x, with exp(x − top) in its place; what is below e^-87 is that. Returns the sum. */
@@ -557,7 +557,6 @@ void ordinal_sample(long count, long components, long n, const float *eta, const
             }
         for (int k = 0; k < lanes; k++) {
             const long c = (from + k) % components;
-            /* Comparisons alone would turn what is not a number into the lowest value. */
             out[from + k] = low[c] + width[c] * (found[k] + 0 * bound[k]);
         }
     }
