@@ -264,7 +264,7 @@ def write_tables(out: Path, *, command: str) -> str:
     summary = _summary(results, command)
     (out / "summary.md").write_text(summary)
     if importlib.util.find_spec("matplotlib"):
-        draw([_curve(r, out) for r in _rows(results)], "eval/mean_reward").savefig(out / "curves.png")
+        draw([_curve(r, out) for r in _rows(results)], "eval/mean_reward").savefig(out / "curves.png", dpi=80)
     return summary
 
 
