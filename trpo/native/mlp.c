@@ -38,7 +38,7 @@ typedef float vec_unaligned __attribute__((vector_size(LANES * sizeof(float)), a
 
 static inline vec load(const float *p) { return *(const vec_unaligned *)p; }
 static inline void store(float *p, vec x) { *(vec_unaligned *)p = x; }
-static inline vec all(float x) { return (vec){0} + x; }
+static inline vec all(float x) { return x - (vec){0}; } /* minus: plus would make 0 of −0, for which compilers add */
 static inline long pad(long n) { return (n + LANES - 1) / LANES * LANES; }
 static inline long least(long a, long b) { return a < b ? a : b; }
 
