@@ -121,10 +121,10 @@ def test_returns_with_continuous_actions_are_those_of_a_plain_loop_to_the_bit(en
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "CartPole-v1"])
 def test_an_episode_does_not_depend_on_those_beside_it(env_id, deterministic):
     policy, env, space = policy_for(env_id)
-    many = evaluate(policy, env, space, episodes=7, seed=3, deterministic=deterministic)
-    few = evaluate(policy, env, space, episodes=2, seed=3, deterministic=deterministic)
+    many = evaluate(policy, env, space, episodes=7, seed=4, deterministic=deterministic)
+    few = evaluate(policy, env, space, episodes=2, seed=4, deterministic=deterministic)
     assert many.returns[:2] == few.returns and many.lengths[:2] == few.lengths
-    assert len(set(many.returns)) > 1
+    assert many.returns[0] != many.returns[1]
 
 
 def test_more_episodes_than_fit_side_by_side_continue_the_seeds():
