@@ -189,23 +189,6 @@ class NativeMlp:
         shift, scale = (v.clone(memory_format=torch.contiguous_format) for v in (shift, scale))
         return FrozenMlp(self, shift, scale, bound, work)
 
-    def act(self, x: Tensor, shift: Tensor, scale: Tensor, bound: float, workspace: Tensor) -> Tensor:
-        """What `frozen` promised, for float64 x [B, D] with the workspace that it filled."""
-        rows = x.shape[0]
-        out = workspace.new_empty(rows, self.output_dim)
-        _LIBRARY.mlp_act(
-            *self._network,
-            self._activation,
-            x.data_ptr(),
-            shift.data_ptr(),
-            scale.data_ptr(),
-            bound,
-            rows,
-            out.data_ptr(),
-            workspace.data_ptr(),
-        )
-        return out
-
     def jvp(self, v: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
         """Jv, into `out` [B, K], for a checked v [P]."""
         _LIBRARY.mlp_jvp(*self._network, self._activation, v.data_ptr(), len(out), out.data_ptr(), workspace.data_ptr())
@@ -285,14 +268,29 @@ class FrozenMlp:
 
     def __init__(self, mlp: NativeMlp, shift: Tensor, scale: Tensor, bound: float, workspace: Tensor):
         self._mlp = mlp
-        self._affine = shift, scale, bound
+        self._shift, self._scale, self._bound = shift, scale, bound
         self._workspace = workspace
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """x [B, D] → [B, K], or None where mlp.c had better not do it."""
-        x = x.double()
-        fits = x.dim() == 2 and x.shape[1] == self._mlp.input_dim and _wanted() and _plain(x, torch.float64)
-        return self._mlp.act(x.contiguous(), *self._affine, self._workspace) if fits and _of_one_thread(x) else None
+        mlp, x = self._mlp, x.double()
+        fits = x.dim() == 2 and x.shape[1] == mlp.input_dim and _wanted() and _plain(x, torch.float64)
+        if not fits or not _of_one_thread(x):
+            return None
+        x, rows = x.contiguous(), x.shape[0]
+        out = self._workspace.new_empty(rows, mlp.output_dim)
+        _LIBRARY.mlp_act(
+            *mlp._network,
+            mlp._activation,
+            x.data_ptr(),
+            self._shift.data_ptr(),
+            self._scale.data_ptr(),
+            self._bound,
+            rows,
+            out.data_ptr(),
+            self._workspace.data_ptr(),
+        )
+        return out
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:
