@@ -54,56 +54,93 @@ def conjugate_gradient(
     ended and returns the Ritz values. Nothing is added to a denominator: pᵀAp ≤ 0 or a non-finite value ends the
     iteration with the last good x and a status that says so.
 
-    All scalars stay on b's device. An iteration after the end changes nothing, so that the host has to read the
-    outcome only once, after the last one.
-
     Args:
         product: v [P] ↦ Av [P].
         b: right-hand side [P], finite.
         max_iterations: at most this many products.
         tolerance: relative: ends when ‖b − Ax‖ ≤ tolerance · ‖b‖.
         preconditioner: v ↦ P⁻¹v with P symmetric positive definite and near A.
-        stop_early: read in every iteration whether it was the last, to save the products after it; by default on a
-            CPU only, since an accelerator would have to be waited for. The solution is the same.
+        stop_early: read the scalars of every iteration, to save the products after the last one; by default on a CPU
+            only, since an accelerator would have to be waited for. The solution is the same.
     """
-    if stop_early is None:
-        stop_early = b.is_cpu
-    x = torch.zeros_like(b)
-    r = b.clone()
-    p = z = preconditioner(r) if preconditioner else r
-    rz = torch.dot(r, z)
-    b_norm = b.norm()
+    iterate = _stopping if (b.is_cpu if stop_early is None else stop_early) else _blind
+    return iterate(product, b, max_iterations, tolerance, preconditioner or (lambda r: r))
+
+
+def _stopping(
+    product: Callable[[Tensor], Tensor],
+    b: Tensor,
+    max_iterations: int,
+    tolerance: float,
+    preconditioner: Callable[[Tensor], Tensor],
+) -> CGSolution:
+    """The recurrence as books have it."""
+    x, r = torch.zeros_like(b), b.clone()
+    p = z = preconditioner(r)
+    rz, b_norm = float(torch.dot(r, z)), b.norm()
+    enough = float(tolerance * b_norm)
+    trace: list[list[float]] = []
+    running = bool(b_norm != 0)
+    while running and len(trace) < max_iterations:
+        ap = product(p)
+        curvature = float(torch.dot(p, ap))
+        if not (0 < curvature < math.inf and 0 < rz < math.inf):
+            trace.append([curvature, rz, math.nan, False, False])
+            break
+        alpha = rz / curvature
+        x.add_(p, alpha=alpha)
+        r = torch.add(r, ap, alpha=-alpha)
+        z = preconditioner(r)
+        residual_norm, rz_next = float(r.norm()), float(torch.dot(r, z))
+        running = not residual_norm <= enough  # not >: a NaN is found out next time
+        trace.append([curvature, rz, residual_norm, True, running])
+        p = torch.add(z, p, alpha=rz_next / rz)
+        rz = rz_next
+    return _solution(x, r, float(b_norm), trace)
+
+
+def _blind(
+    product: Callable[[Tensor], Tensor],
+    b: Tensor,
+    max_iterations: int,
+    tolerance: float,
+    preconditioner: Callable[[Tensor], Tensor],
+) -> CGSolution:
+    """The same with all scalars on b's device, where an iteration after the end changes nothing.
+
+    The host reads only once, after the last one.
+    """
+    x, r = torch.zeros_like(b), b.clone()
+    p = z = preconditioner(r)
+    rz, b_norm = torch.dot(r, z), b.norm()
     running = b_norm != 0
     trace = []
     for _ in range(max_iterations):
-        if stop_early and not running:
-            break
         ap = product(p)
         curvature = torch.dot(p, ap)
         taken = running & (curvature > 0) & (curvature < torch.inf) & (rz > 0) & (rz < torch.inf)
         alpha = rz / curvature
         x = torch.where(taken, torch.addcmul(x, p, alpha), x)
         r = torch.where(taken, torch.addcmul(r, ap, alpha, value=-1), r)
-        z = preconditioner(r) if preconditioner else r
+        z = preconditioner(r)
         rz_next = torch.dot(r, z)
         residual_norm = r.norm()
         running = taken & ~(residual_norm <= tolerance * b_norm)
         trace.append(torch.stack([curvature, rz, residual_norm, taken, running]))
         p = torch.addcmul(z, p, rz_next / rz)
         rz = rz_next
-    return _solution(x, r, b_norm, trace)
-
-
-def _solution(x: Tensor, r: Tensor, b_norm: Tensor, trace: list[Tensor]) -> CGSolution:
-    """Reads the trace of all iterations (pᵀAp, rᵀz, ‖r‖, whether it was taken, whether it goes on) in one transfer."""
     norm, *flat = torch.cat([b_norm.view(1), *trace]).tolist()
-    rows = [flat[i : i + 5] for i in range(0, len(flat), 5)]
+    return _solution(x, r, norm, [flat[i : i + 5] for i in range(0, len(flat), 5)])
+
+
+def _solution(x: Tensor, r: Tensor, norm: float, trace: list[list[float]]) -> CGSolution:
+    """From ‖b‖ and the trace of all iterations: pᵀAp, rᵀz, ‖r‖, whether it was taken, whether it goes on."""
     if norm == 0:
         return CGSolution(x, r, 0.0, 0, CGStatus.CONVERGED, ritz_values([], []))
     status, residual_norm = CGStatus.ITERATION_LIMIT, norm
     alphas: list[float] = []
     rzs: list[float] = []
-    for curvature, rz, row_norm, taken, goes_on in rows:
+    for curvature, rz, row_norm, taken, goes_on in trace:
         if not taken:
             finite = math.isfinite(curvature) and math.isfinite(rz)
             status = CGStatus.NONPOSITIVE_CURVATURE if finite else CGStatus.NONFINITE
