@@ -34,6 +34,7 @@ enum { BLOCK = 128, MOST_LAYERS = 16 };
 enum { TANH = 0, RELU = 1 };
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef int vec_int __attribute__((vector_size(LANES * sizeof(int))));
 typedef float vec_unaligned __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
 static inline vec load(const float *p) { return *(const vec_unaligned *)p; }
@@ -117,29 +118,37 @@ static void product(long rows, long cols, long depth, const float *a, long a_row
 
 /* Written for one number; the compiler does a vector of them at a time. */
 
-/* e^y = 2^n e^r with |r| ≤ ½ ln 2, its power series to the 7th; for |y| ≤ 87. */
-static inline float exp_(float y)
+/* e^y = power · (1 + rest), a power of two and −0.3 < rest < 0.42; for |y| ≤ 87. With r = y − n ln 2, |r| ≤ ½ ln 2, rest is
+ * the power series of e^r − 1 to the 7th. */
+typedef struct { float power, rest; } Exponential;
+
+static inline Exponential exponential(float y)
 {
     const float big = 12582912.0f; /* 1.5 · 2²³: a sum with it has no room for a fraction */
     const float shifted = y * 1.44269504f + big, n = shifted - big;
     const float r = y - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first one exact times n */
-    const float e_r = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 +
-                      r * (1.0f / 5040)))))));
+    const float rest = r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 +
+                       r * (1.0f / 5040)))))));
     union { float f; int i; } power = {shifted};
     power.i = (power.i - 0x4b400000 + 127) << 23; /* big's own bits taken off, n is left: 2^n */
-    return e_r * power.f;
+    return (Exponential){power.f, rest};
 }
 
-/* tanh x = (e^{2x} − 1) / (e^{2x} + 1), and near 0, where that cancels, its power series; within 3 units in the last
- * place. NaN passes. */
+static inline float exp_(float y)
+{
+    const Exponential e = exponential(y);
+    return e.power + e.power * e.rest;
+}
+
+/* tanh x = (e^{2x} − 1) / (e^{2x} + 1), with e^y − 1 = power · rest + (power − 1): near 0, power is 1 and nothing cancels.
+ * Within 4 units in the last place. NaN passes. */
 static inline float tanh_(float x)
 {
     const float limit = 9.1f; /* 1 − tanh is below half a unit there */
     const float y = x < -limit ? -limit : x;
-    const float e = exp_(2 * (y > limit ? limit : y)), s = x * x;
-    const float near = x + x * s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315 + s * (62.0f / 2835 -
-                       s * (1382.0f / 155925)))));
-    return fabsf(x) < 0.3f ? near : (e - 1) / (e + 1);
+    const Exponential e = exponential(2 * (y > limit ? limit : y));
+    const float less_one = e.power * e.rest + (e.power - 1);
+    return less_one / (less_one + 2);
 }
 
 static void activate(int activation, float *h, long count)
@@ -197,17 +206,30 @@ static Plan plan(const long *widths, int layers, long rows)
     return p;
 }
 
+/* Rows of no more than a vector go as a whole one, as long as what is read or written beyond them is of the same array,
+ * and what comes after it there is written later. */
 static void widen(const float *from, long rows, long cols, float *to)
 {
-    for (long i = 0; i < rows; i++) {
-        memcpy(to + i * pad(cols), from + i * cols, sizeof(float) * (size_t)cols);
-        memset(to + i * pad(cols) + cols, 0, sizeof(float) * (size_t)(pad(cols) - cols));
+    const long width = pad(cols);
+    long i = 0;
+    if (cols < LANES) {
+        vec_int mask;
+        for (int k = 0; k < LANES; k++) mask[k] = k < cols ? -1 : 0;
+        for (; i * cols + LANES <= rows * cols; i++)
+            store(to + i * width, (vec)((vec_int)load(from + i * cols) & mask));
+    }
+    for (; i < rows; i++) {
+        memcpy(to + i * width, from + i * cols, sizeof(float) * (size_t)cols);
+        memset(to + i * width + cols, 0, sizeof(float) * (size_t)(width - cols));
     }
 }
 
 static void narrow(const float *from, long rows, long cols, float *to)
 {
-    for (long i = 0; i < rows; i++) memcpy(to + i * cols, from + i * pad(cols), sizeof(float) * (size_t)cols);
+    long i = 0;
+    if (cols < LANES)
+        for (; i * cols + LANES <= rows * cols; i++) store(to + i * cols, load(from + i * LANES));
+    for (; i < rows; i++) memcpy(to + i * cols, from + i * pad(cols), sizeof(float) * (size_t)cols);
 }
 
 /* W [rows, cols] → Wᵀ [cols, pad(rows)] */
