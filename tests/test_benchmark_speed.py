@@ -124,6 +124,15 @@ def test_contenders_take_turns_and_setups_without_envpool_are_left_out() -> None
     assert not any("envpool" in measurement.row for measurement in plan)
 
 
+def test_training_with_the_defaults_is_measured_beside_what_counts() -> None:
+    plan = list(plan_speed([OURS], ["Hopper-v5"], ("train",), TINY, envpool=True))
+    rows = {row: [{"steps_per_s": 2.0 if "defaults" in row else 1.0}] for row in (m.row for m in plan)}
+    assert (
+        [row for row in rows if "defaults" in row] == [m.row for m in plan if m.request["setup"].get("defaults")] != []
+    )
+    assert "defaults" not in (best(rows, OURS) or "defaults")
+
+
 def test_our_work_is_that_of_everyone() -> None:
     """The bound on the joint KL, a Gaussian policy and all CG iterations, whatever the recipe."""
     updated = _Update(_config(UPDATE_TASK, {"num_envs": UPDATE_ENVS}))

@@ -63,8 +63,9 @@ class Ours:
     def train(self, *, task: str, setup: dict[str, Any], steps: int, random: bool = False) -> Numbers:
         """With `random` also the rate of random stepping through `BatchEnv`, right after it on the same environments:
         actions uniform in their bounds, drawn beforehand."""
-        environments = {key: value for key, value in setup.items() if key != "threads"}
-        with _trainer(_config(task, environments, threads=setup.get("threads", self._threads))) as trainer:
+        environments = {key: value for key, value in setup.items() if key not in ("threads", "defaults")}
+        make_config = _defaults if setup.get("defaults") else _config
+        with _trainer(make_config(task, environments, threads=setup.get("threads", self._threads))) as trainer:
             trainer._iteration()
             count = iterations(steps)
             took = seconds(lambda: repeat(trainer._iteration, count))
@@ -175,6 +176,20 @@ def _config(
                 "cg_iterations": CG_ITERATIONS,
                 "cg_tolerance": 0.0,  # all iterations, as everyone here
             },
+            "evaluation": {"every_steps": 0},
+            "checkpoint": {"every_steps": 0},
+        }
+    )
+
+
+def _defaults(task: str, environments: dict[str, Any], *, threads: int) -> Config:
+    """What `scripts/train.py` runs, but for evaluations and checkpoints."""
+    return Config.model_validate(
+        {
+            "env": {"id": task, **environments},
+            "total_steps": 10**9,
+            "device": "cpu",
+            "threads": threads,
             "evaluation": {"every_steps": 0},
             "checkpoint": {"every_steps": 0},
         }

@@ -24,7 +24,8 @@ from trpo.benchmark import peers, speed_report
 OURS = "trpo"
 PARTS = ("update", "train", "scaling", "memory")
 TASKS = ("Hopper-v5", "HalfCheetah-v5")
-SETUPS: dict[str, dict[str, dict[str, Any]]] = {  # contender → name → how environments are run; threads of updates
+# contender → name → how environments are run; threads of updates; whether with the defaults, which are other work
+SETUPS: dict[str, dict[str, dict[str, Any]]] = {
     OURS: {
         "gymnasium × 8": {"backend": "gymnasium", "num_envs": 8},
         "gymnasium × 16": {"backend": "gymnasium", "num_envs": 16},
@@ -32,6 +33,14 @@ SETUPS: dict[str, dict[str, dict[str, Any]]] = {  # contender → name → how e
         "envpool × 16, 1 worker": {"backend": "envpool", "num_envs": 16, "workers": 1},
         "gymnasium × 16, 2 threads": {"backend": "gymnasium", "num_envs": 16, "threads": 2},
         "envpool × 16, 2 workers, 2 threads": {"backend": "envpool", "num_envs": 16, "workers": 2, "threads": 2},
+        "defaults, gymnasium × 16": {"backend": "gymnasium", "num_envs": 16, "defaults": True},
+        "defaults, envpool × 16, 2 workers, 2 threads": {
+            "backend": "envpool",
+            "num_envs": 16,
+            "workers": 2,
+            "threads": 2,
+            "defaults": True,
+        },
     },
     "sb3-contrib": {
         **{f"DummyVecEnv × {n}": {"num_envs": n} for n in (8, 16)},  # beside ours of as many
@@ -151,7 +160,7 @@ def _plan(name: str, tasks: Sequence[str], parts: Sequence[str], extent: Extent,
             for setup_name, setup in SETUPS[name].items():
                 if setup.get("backend") == "envpool" and not envpool:
                     continue
-                row = f"{name}, {setup_name}"
+                row = f"{name} {setup_name}" if setup.get("defaults") else f"{name}, {setup_name}"
                 more = {"random": True} if name == OURS else {}
                 add(f"train {task}", row, "train", task=task, setup=setup, steps=extent.steps, **more)
     if "scaling" in parts and name == OURS:
