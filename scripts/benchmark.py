@@ -43,7 +43,7 @@ def _learn(args: argparse.Namespace, command: str) -> int:
 def _speed(args: argparse.Namespace, command: str) -> int:
     extent = QUICK if args.quick else Extent(rounds=args.rounds, steps=args.steps)
     tables = run_speed(
-        Path(args.out),
+        Path(args.out or ("runs/speed" if args.quick else "benchmarks")),
         extent=extent,
         tasks=args.tasks,
         parts=args.parts,
@@ -84,7 +84,9 @@ def _parse() -> argparse.Namespace:
     speed.add_argument("--tasks", nargs="+", default=TASKS, metavar="ID", help="Gymnasium ids to train on")
     speed.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: all)")
     speed.add_argument("--quick", action="store_true", help="one small round: whether it works, not how fast it is")
-    speed.add_argument("--out", default="benchmarks", metavar="DIR", help="speed.json, speed.md and speed.png")
+    speed.add_argument(
+        "--out", metavar="DIR", help="speed.json, speed.md and speed.png (default: benchmarks, with --quick runs/speed)"
+    )
     return parser.parse_args()
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from trpo.config import Config
@@ -22,8 +25,17 @@ def main() -> int:
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")
         trust = " --trust-code" if named_code(config.env) else ""
-        print(f"saved in {result.directory}; evaluate it with: python scripts/evaluate.py {result.directory}{trust}")
+        print(
+            f"saved in {result.directory}; evaluate it with: {_python()} scripts/evaluate.py {result.directory}{trust}"
+        )
     return result.exit_status
+
+
+def _python() -> str:
+    """How to call this Python: where `make` was called, the `python` on the path may be another, without packages."""
+    found = shutil.which("python")
+    same = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "python" if same else os.path.relpath(sys.executable)
 
 
 def _parse() -> argparse.Namespace:

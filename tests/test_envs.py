@@ -289,8 +289,8 @@ class TestFaults:
             ("obs_dtype", r"returned float32\[4\] as its observation, its observation_space says float64\[4\]"),
             ("obs_list", "returned a list as its observation"),
             ("reward_shape", r"returned an array of shape \(1,\) as its reward: return a scalar"),
-            ("raise", "raised ZeroDivisionError: pole at zero"),
-            ("unpicklable", "raised Unpicklable: held by a lock"),
+            ("raise", r"raised ZeroDivisionError: pole at zero \(.*faulty_envs\.py:\d+\)$"),
+            ("unpicklable", r"raised Unpicklable: held by a lock \(.*faulty_envs\.py:\d+\)$"),
         ],
     )
     def test_named_with_environment_and_step(self, fault: str, message: str) -> None:
@@ -303,7 +303,7 @@ class TestFaults:
         envs = make_envs(config("faulty_envs:Faulty-v0", "gymnasium-async", 2, kwargs=settings), [6, 7, 8])
         message = {
             "nan_reward": "gave a reward that is not finite",
-            "unpicklable": "raised Unpicklable: held by a lock",
+            "unpicklable": r"raised Unpicklable: held by a lock \(.*faulty_envs\.py:\d+\)$",
         }
         cause = check_fault(envs, message[fault])
         assert "in step" in str(cause)  # the worker's traceback, as text

@@ -660,6 +660,8 @@ def test_a_failing_environment_ends_training_before_anything_has_used_it(
     outcome = run_script("train.py", "--config", file, "--root", tmp_path / "runs", capture=capsys, patch=monkeypatch)
     assert outcome.status == 2 and problem in one_line(outcome.err)
     (trainer,) = trainers
+    log = (trainer.run.path / "log.txt").read_text()
+    assert "Traceback" in log and problem in log and ("faulty_envs.py" in log or fault != "unpicklable")
     saved = last_state(trainer.run.path)
     assert saved["counters"]["updates"] == 1
     agent = {**trainer.agent.state_dict(), **trainer.agent.local_state_dict()}

@@ -173,13 +173,16 @@ def test_a_run_opens_its_final_policy_else_its_best(tmp_path):
 
 def test_what_is_no_policy_is_said_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
+    for run in ("run", "crashed"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.yaml").touch()
+    save_state(tmp_path / "run" / "checkpoints" / "step-000000001", {})
     save_state(tmp_path / "checkpoint", {"policy": {}, "value": {}})
     for name, problem in {
         "missing": "no such file",
         "empty": "holds no policy",
         "run": "no policy yet.*--resume",
+        "crashed": "no policy yet; start a new one",
         "run/config.yaml": "is a file",
         "checkpoint": "'training checkpoint', not a policy",
     }.items():

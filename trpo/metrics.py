@@ -6,6 +6,7 @@ A full disk costs the curves, never the run: a file that cannot be written is na
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
@@ -82,9 +83,17 @@ class MetricsWriter:
 
     def message(self, text: str) -> None:
         """A line for the console and `log.txt`, such as a warning or why an update was refused."""
-        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} step {self._env_steps}: {text}\n"
+        line = f"{self._stamp()}: {text}\n"
         self._attempt(LOG_FILE, lambda sink: sink.append(line.encode()))
         self._show(lambda console: console.message(text))
+
+    def failure(self, error: Exception) -> None:
+        """The traceback of what ends the run, for `log.txt` alone: a run nobody watches has to say why it ended."""
+        text = f"{self._stamp()}: ended by\n{''.join(traceback.format_exception(error))}"
+        self._attempt(LOG_FILE, lambda sink: sink.append(text.encode()))
+
+    def _stamp(self) -> str:
+        return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} step {self._env_steps}"
 
     def add_text(self, tag: str, text: str) -> None:
         """A text (Markdown) in TensorBoard, such as the configuration."""

@@ -19,7 +19,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from trpo.checkpoint import MANIFEST_FILE, load_state, save_state
+from trpo.checkpoint import MANIFEST_FILE, checkpoint_paths, load_state, save_state
 from trpo.config import Config, EnvConfig
 from trpo.device import resolve_device
 from trpo.distributions import DiagonalGaussian, distribution_for
@@ -60,7 +60,7 @@ class SavedPolicy:
         if named is not None:
             raise CheckpointError(
                 f"{self.path}: its {named} may make Python import code that the policy names; if you trust its "
-                "origin, allow that with --trust-code (in Python: trust_code=True)"
+                "origin, allow that with --trust-code (in Python: policy.environment(trust_code=True))"
             )
         return env
 
@@ -70,7 +70,8 @@ class SavedPolicy:
         """Actions as the environment takes them: clipped to a Box space, counted from `start` in a Discrete one.
 
         Args:
-            observation: [D] or [N, D], flat, not normalised.
+            observation: [D] or [N, D], flat (of a Dict or Tuple space as `gymnasium.wrappers.FlattenObservation` gives
+                it), not normalised.
             deterministic: the mode of the policy; otherwise a sample.
             generator: source of the samples, on the CPU; torch's own by default.
 
@@ -82,6 +83,11 @@ class SavedPolicy:
             ValueError: the observation has another shape.
             EnvError: the action is not finite, because the observation was not.
         """
+        if isinstance(observation, dict):
+            raise ValueError(
+                "observation is a dict; wrap the environment in gymnasium.wrappers.FlattenObservation, whose "
+                "observations are those the policy was trained on"
+            )
         observation = np.asarray(observation)
         if observation.ndim not in (1, 2) or observation.shape[-1] != self.obs_dim:
             expected = f"[{self.obs_dim}] or [N, {self.obs_dim}]"
@@ -182,7 +188,12 @@ def _policy_directory(path: Path) -> Path:
         if candidate.is_dir():
             return candidate
     if (path / "config.yaml").exists():
-        raise CheckpointError(f"the run {path} has saved no policy yet; let it go on with train.py --resume {path}")
+        how = (
+            f"let it go on with train.py --resume {path}"
+            if checkpoint_paths(path / "checkpoints")
+            else "start a new one"
+        )
+        raise CheckpointError(f"the run {path} has saved no policy yet; {how}")
     raise CheckpointError(f"{path} holds no policy; give a run directory or a saved policy")
 
 

@@ -190,6 +190,10 @@ class Trainer:
                     # All processes have to leave the loop together, whoever was told to stop.
                     stop = bool(self.group.all_sum(torch.tensor(float(bool(received)))))
                 return self._finish(received[0] if received else None)
+        except Exception as error:
+            if self.writer is not None:
+                self.writer.failure(error)
+            raise
         finally:
             self.close()
 

@@ -10,6 +10,8 @@ Numpy and Gymnasium only, no torch, to keep worker processes light.
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +161,7 @@ class EnvShard:
         except EnvError:
             raise
         except Exception as error:
-            raise EnvError(f"{self._where(i)} raised {type(error).__name__}: {error}") from error
+            raise EnvError(f"{self._where(i)} raised {_told(error)}") from error
         self._check_finite(buffers.reward, "a reward")
         self._check_finite(buffers.next_obs, "an observation")
         done = buffers.terminated | buffers.truncated
@@ -205,7 +207,7 @@ class EnvShard:
                 env = self._rebuild(i)
             obs = begin(env, self._logs[i], seed=seed, rng=rng)
         except Exception as error:
-            raise EnvError(f"environment {self._first + i} raised {type(error).__name__} in reset: {error}") from error
+            raise EnvError(f"environment {self._first + i}, in reset, raised {_told(error)}") from error
         self._seeds[i] = None
         self._cut_after[i] = self._first_length(i)
         self._write_obs(self._buffers.reset_obs, i, obs)
@@ -266,3 +268,9 @@ def check_same_spaces(expected: EnvSpaces, found: EnvSpaces, expected_index: int
 
 def _spaces_of(env: gymnasium.Env[Any, Any]) -> EnvSpaces:
     return EnvSpaces(row_space(env.observation_space), env.observation_space, env.action_space)
+
+
+def _told(error: Exception) -> str:
+    """What was raised, and where: one line, since whoever wrote the environment can open the file."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.relpath(place.filename)}:{place.lineno})"
