@@ -18,6 +18,7 @@ from trpo.benchmark.speed import OURS, SETUPS, TASKS, Child, Extent, plan_speed,
 from trpo.benchmark.speed_report import best, median_ratio, targets, write_report
 from trpo.benchmark.work import CG_ITERATIONS, MAX_KL, UPDATE_ENVS, UPDATE_TASK
 from trpo.distributions import DiagonalGaussian
+from trpo.errors import UserError
 from trpo.networks import MLP
 
 TINY = Extent(rounds=1, repeats=1, steps=64, batches=(2048,), widths=(64,), envs=(16,))
@@ -152,6 +153,14 @@ def test_a_failing_measurement_is_one_line_and_the_process_goes_on() -> None:
         assert "process" in child.call({"call": "memory"})["error"]
     finally:
         child.close()
+
+
+def test_where_nothing_could_be_measured_earlier_results_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "installed", list)
+    (tmp_path / "speed.json").write_text("{}")
+    with pytest.raises(UserError, match=r"nothing could be measured.*NoSuchTask"):
+        run_speed(tmp_path, extent=TINY, tasks=["NoSuchTask-v0"], parts=("train",), say=lambda line: None)
+    assert [file.name for file in tmp_path.iterdir()] == ["speed.json"]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trpo.benchmark import peers, speed_report
+from trpo.errors import UserError
 
 OURS = "trpo"
 PARTS = ("update", "train", "scaling", "memory")
@@ -124,6 +125,8 @@ def run_speed(
     if "memory" in parts:
         for name in contenders:
             note(Measurement(name, "memory", name, {}), _peak_memory(name, tasks[0], extent.steps, threads))
+    if not any(any(rounds) for rows in tables.values() for rounds in rows.values()):
+        raise UserError(f"nothing could be measured, and {out} is as it was: {errors[0]}")
     result = {
         "command": command,
         "threads": threads,
