@@ -158,6 +158,11 @@ def test_act_names_the_shape_it_wants(shape, tmp_path):
         saved(tmp_path, "box").act(np.zeros(shape))
 
 
+def test_act_says_how_to_flatten_a_dict(tmp_path):
+    with pytest.raises(ValueError, match="FlattenObservation"):
+        saved(tmp_path, "box").act({"position": np.zeros(OBS_DIM)})
+
+
 def test_an_observation_that_is_not_finite_is_no_action(tmp_path):
     with pytest.raises(EnvError, match="not finite"):
         saved(tmp_path, "box").act(np.full(OBS_DIM, np.nan))

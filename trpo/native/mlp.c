@@ -206,7 +206,7 @@ static Plan plan(const long *widths, int layers, long rows)
     return p;
 }
 
-/* Rows of no more than a vector go as a whole one, as long as what is read or written beyond them is of the same array,
+/* Rows of less than a vector go as a whole one, as long as what is read or written beyond them is of the same array,
  * and what comes after it there is written later. */
 static void widen(const float *from, long rows, long cols, float *to)
 {
