@@ -23,6 +23,7 @@ def main() -> None:
         episodes=args.episodes,
         seed=args.seed,
         deterministic=not args.stochastic,
+        max_episode_steps=saved.config.evaluation.max_episode_steps,
         video=args.video,
     )
     if args.json:

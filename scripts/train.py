@@ -48,7 +48,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", metavar="D", help="short for --set device=D: cpu, cuda or auto")
     parser.add_argument("--name", metavar="X", help="short for --set name=X")
     parser.add_argument(
-        "--resume", metavar="RUN|auto", help="go on in a run directory; auto: the newest run of this config, if any"
+        "--resume",
+        metavar="RUN|auto",
+        help="go on in a run directory; auto: the newest run of the config's environment, name and seed, if there is "
+        "one, which has to have its settings",
     )
     parser.add_argument("--root", default="runs", metavar="DIR", help="where runs are kept (default: runs)")
     return parser.parse_args()

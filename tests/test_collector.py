@@ -163,6 +163,21 @@ def test_episodes_are_counted_across_rollouts_as_by_hand(reset_rows: bool) -> No
     assert successes == [1.0, 0.0] * (len(successes) // 2) + [1.0] * (len(successes) % 2) and len(successes) > 3
 
 
+def test_first_episodes_that_were_cut_to_stagger_them_do_not_count() -> None:
+    """In environments 0 and 1, which begin with the odd episode that `CounterEnvs` truncates; 2 begins with another."""
+    env = CounterEnvs(3)
+    begun = torch.tensor([[0, 1, 0], [1, 1, 0], [2, 0, 0]], dtype=F64)
+    source, restored = (collector(env, length=2, staggered=True) for env in (env, CounterEnvs(3)))
+    source.obs = env.load_state_dict({"state": begun, "pending": torch.zeros(3, dtype=torch.bool)})
+    source.collect()
+    restored.load_state_dict(source.state_dict())
+    for goes_on in (source, restored):
+        ended = [goes_on.collect()[1] for _ in range(3)]
+        # In steps: environment 0 cut after 5, then 3; 1 cut after 3, then 5; 2 after 3, then 5.
+        assert [sorted(episodes.lengths) for episodes in ended] == [[3], [], [3, 5, 5]]
+        assert [episodes.successes for episodes in ended] == [[], [], [1.0]]  # the cut one of 1 had reported a failure
+
+
 def test_a_reset_row_is_marked_and_no_transition() -> None:
     rollout, _ = collector(CounterEnvs(1, reset_rows=True)).collect()
     assert rollout.valid.flatten().tolist() == [True, True, True, False, True, True, True, True]

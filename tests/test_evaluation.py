@@ -18,7 +18,7 @@ from commands import config_for, one_line, random_policy, run_process, run_scrip
 from gymnasium.spaces import Box, Discrete
 
 from trpo import evaluation
-from trpo.config import EnvConfig
+from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import SIDE_BY_SIDE, Evaluation, evaluate, render_headless
@@ -182,9 +182,15 @@ def test_successes_are_those_reported_at_the_end():
     assert result.lengths == [6] * 5
 
 
-def test_an_episode_without_end_is_cut(monkeypatch):
-    monkeypatch.setattr(evaluation, "MAX_EPISODE_STEPS", 40)
-    assert evaluate(*policy_for("EvaluationTask-v0", fault="endless"), episodes=2, seed=0).lengths == [40, 40]
+def test_an_episode_without_end_is_cut():
+    policy, env, space = policy_for("EvaluationTask-v0", fault="endless")
+    result = evaluate(policy, env, space, episodes=2, seed=0, max_episode_steps=40)
+    assert result.lengths == [40, 40] and str(result).endswith("2 episodes, 2 of them cut after 40 steps")
+    limited = WrapperConfig(name="gymnasium.wrappers:TimeLimit", kwargs={"max_episode_steps": 60})
+    result = evaluate(
+        policy, env.model_copy(update={"wrappers": (limited,)}), space, episodes=2, seed=0, max_episode_steps=40
+    )
+    assert (result.lengths, result.cut) == ([60, 60], 0)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +305,13 @@ def test_command_prints_the_figures(cartpole, script):
     outcome = script(cartpole.path, "--episodes", 3, "--seed", 7, "--stochastic")
     assert outcome.status == 0 and outcome.err == ""
     assert one_line(outcome.out) == f"CartPole-v1, stochastic: {expected}"
+
+
+def test_command_says_when_a_run_has_not_ended(tmp_path, script):
+    best = saved_policy(tmp_path / "run" / "best", config_for(), 4, gymnasium.make("CartPole-v1").action_space)
+    said = f"the run has not ended: this is {best.path}, the best so far, after 4096 steps"
+    assert script(tmp_path / "run", "--episodes", 1).out.splitlines()[0] == said
+    assert "has not ended" not in script(best.path, "--episodes", 1).out
 
 
 def test_command_prints_nothing_but_one_json_object(cartpole, tmp_path):

@@ -25,6 +25,7 @@ from trpo.plotting import (
     longest_per_seed,
     plot_runs,
     read_curve,
+    told_apart,
 )
 from trpo.seed_statistics import bootstrap_interval
 
@@ -114,6 +115,34 @@ def test_a_repeated_seed_is_not_another_sample(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING):
         assert longest_per_seed([long, *others, short]) == [long, *others]
     assert len(caplog.records) == 1
+
+
+def test_runs_of_one_name_with_different_settings_are_no_seeds_of_one_another(tmp_path: Path) -> None:
+    settings = {
+        "a": "gae: {gamma: 0.97}",
+        "b": "gae: {gamma: 0.97}\ndevice: cpu\nevaluation: {episodes: 3}\nenv: {id: CartPole-v1, workers: 2}",
+        "c": "natural_gradient: {damping: 0.3}",
+        "d": "natural_gradient: {damping: 0.3}\npolicy: {bins: null, std: {initial: 0.5}}",
+    }
+    curves = []
+    for seed, (name, text) in enumerate(settings.items()):
+        run = make_run(tmp_path / name, seed=seed)
+        lines = {
+            line.split(":")[0]: line for line in [*(run / "config.yaml").read_text().splitlines(), *text.split("\n")]
+        }
+        (run / "config.yaml").write_text("\n".join(lines.values()))
+        curves.append(read_curve(run, RETURN))
+    other = make_curve([0, 1], [0, 1], name="other")  # the only one of its name: nothing to tell it from
+    named = [curve.name for curve in told_apart([*curves, other])]
+    low, damped = "gae.gamma 0.97", "gae.gamma 0.99 → 0.995 cosine"
+    assert named == [
+        f"trpo, policy.bins 11, policy.std.initial 0.4, {low}, natural_gradient.damping 1.0",
+        f"trpo, policy.bins 11, policy.std.initial 0.4, {low}, natural_gradient.damping 1.0",
+        f"trpo, policy.bins 11, policy.std.initial 0.4, {damped}, natural_gradient.damping 0.3",
+        f"trpo, policy.bins null, policy.std.initial 0.5, {damped}, natural_gradient.damping 0.3",
+        "other",
+    ]
+    assert [curve.name for curve in told_apart(curves[:2])] == ["trpo", "trpo"]
 
 
 # Reading runs

@@ -163,9 +163,10 @@ def test_act_says_how_to_flatten_a_dict(tmp_path):
         saved(tmp_path, "box").act({"position": np.zeros(OBS_DIM)})
 
 
-def test_an_observation_that_is_not_finite_is_no_action(tmp_path):
+@pytest.mark.parametrize("space", ["box", "discrete"])
+def test_an_observation_that_is_not_finite_is_no_action(space, tmp_path):
     with pytest.raises(EnvError, match="not finite"):
-        saved(tmp_path, "box").act(np.full(OBS_DIM, np.nan))
+        saved(tmp_path, space).act(np.full(OBS_DIM, np.nan))
 
 
 def test_a_run_opens_its_final_policy_else_its_best(tmp_path):

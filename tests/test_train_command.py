@@ -98,7 +98,6 @@ def test_the_runs_directory_is_as_documented(trained):
         "checkpoints",
         "best",
         "final",
-        "videos",
     }
     assert len([*trained.run.glob("events.out.tfevents.*")]) == 1
     assert [path.name for path in checkpoint_paths(trained.run / "checkpoints")] == ["step-000000256"]

@@ -6,12 +6,28 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from commands import config_for
 
 from trpo.colored_noise import ColoredNoise
+from trpo.errors import UserError
 from trpo.trainer import Trainer
+
+
+class Unseen(gymnasium.Wrapper[Any, Any, Any, Any]):
+    metadata = {"render_modes": []}  # noqa: RUF012 - as Gymnasium declares it
+
+
+class Widened(gymnasium.ObservationWrapper[Any, Any, Any]):
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.observation_space = gymnasium.spaces.Box(-8, 8, (6000,), np.float32)
+
+    def observation(self, observation: Any) -> Any:
+        return np.tile(observation, 2000)
 
 
 def trainer(root: Path, *, updates: int = 3, **policy: Any) -> Trainer:
@@ -61,6 +77,41 @@ def test_a_closed_trainer_does_not_train_on(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"this trainer is closed; go on with Trainer\(config, resume="):
         source.train(max_updates=1)
     assert source.updates == 1
+
+
+def test_episodes_that_were_cut_to_stagger_them_are_no_returns(tmp_path: Path) -> None:
+    """Pendulum-v1 ends no episode before its 200 steps, but for the first of each environment."""
+    with closing(trainer(tmp_path, updates=20)) as source:
+        for _ in range(14):
+            source._iteration()
+    assert set(source.recent.lengths) == {200}
+
+
+def test_each_evaluation_is_recorded_where_asked_for(tmp_path: Path) -> None:
+    config = config_for(
+        "CartPole-v1",
+        total_steps=128,
+        batch_size=64,
+        evaluation={"video": True, "every_steps": 64, "episodes": 1, "final_episodes": 1},
+    )
+    result = Trainer(config, root=tmp_path, console=False).train()
+    videos = sorted((result.directory / "videos").iterdir())
+    assert [path.name for path in videos] == ["step-000000064.mp4", "step-000000128.mp4"]
+    assert all(path.stat().st_size > 0 for path in videos)
+
+
+def test_what_cannot_be_recorded_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    settings = {"id": "Pendulum-v1", "wrappers": [{"name": "test_trainer:Unseen"}]}
+    config = config_for("Pendulum-v1", env=settings, evaluation={"video": True})
+    with pytest.raises(UserError, match="no rgb_array among its render modes"):
+        Trainer(config, root=tmp_path, console=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_observations_as_large_as_images_are_remarked_upon(tmp_path: Path) -> None:
+    settings = {"id": "Pendulum-v1", "wrappers": [{"name": "test_trainer:Widened"}]}
+    with closing(Trainer(config_for("Pendulum-v1", env=settings), root=tmp_path, console=False)) as source:
+        assert "6000 components of an observation" in (source.run.path / "log.txt").read_text()
 
 
 def test_a_given_std_acts_from_its_first_value_to_its_last(tmp_path: Path) -> None:

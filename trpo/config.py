@@ -265,6 +265,10 @@ class EvaluationConfig(Settings):
     every_steps: int = Field(50_000, ge=0, description="Environment steps between evaluations; 0: only at the end.")
     episodes: int = Field(10, ge=1, description="Episodes of each evaluation during training, deterministic policy.")
     final_episodes: int = Field(20, ge=1, description="Episodes of the evaluation of the last policy.")
+    max_episode_steps: int = Field(
+        10_000, ge=1, description="Steps after which an episode is cut where the environment has no time limit."
+    )
+    video: bool = Field(False, description="Record the first episode of each evaluation, in the run's `videos/`.")
 
 
 class CheckpointConfig(Settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from typing import Any
@@ -47,7 +48,7 @@ def update_metrics(report: UpdateReport) -> dict[str, float | None]:
         "train/policy_objective": step.gain,
         "train/kl_divergence_loss": step.kl,
         "train/is_line_search_success": float(step.accepted),
-        "train/std": report.std,
+        "train/std": None if math.isnan(report.std) else report.std,
         "train/value_loss": fit.loss_after,
         "train/explained_variance": report.explained_variance_before,
         "train/learning_rate": report.learning_rate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import importlib
 import math
 import os
 import statistics
@@ -29,7 +30,6 @@ from trpo.errors import EnvError, UserError
 from trpo.policy import Policy
 
 SIDE_BY_SIDE = 32  # episodes run together, and rows of every forward pass
-MAX_EPISODE_STEPS = 100_000  # an episode is cut here, lest one in an environment without a time limit never end
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Evaluation:
     returns: list[float]
     lengths: list[int]
     successes: list[float] = field(default_factory=list)
+    cut: int = 0  # episodes that would have gone on: the environment has no time limit
 
     @property
     def mean(self) -> float:
@@ -71,9 +72,10 @@ class Evaluation:
         return out
 
     def __str__(self) -> str:
+        cut = f", {self.cut} of them cut after {max(self.lengths)} steps" if self.cut else ""
         return (
             f"return {self.mean:.1f} ± {self.std:.1f} (median {self.median:.1f}), "
-            f"length {self.mean_length:.0f}, {len(self.returns)} episodes"
+            f"length {self.mean_length:.0f}, {len(self.returns)} episodes{cut}"
         )
 
 
@@ -85,13 +87,14 @@ def evaluate(
     episodes: int,
     seed: int,
     deterministic: bool = True,
+    max_episode_steps: int = 10_000,
     video: Path | None = None,
 ) -> Evaluation:
     """Runs `episodes` whole episodes, each in a new environment; the first is the same however many follow it.
 
     Episode i is reset with `seed + i`, draws its action noise from a generator of that seed, and is row i mod
     `SIDE_BY_SIDE` of a forward pass that always has that many rows, since the last bits of a matrix product depend on
-    its size. So an episode does not depend on those beside it. Episodes end at `MAX_EPISODE_STEPS` at the latest.
+    its size. So an episode does not depend on those beside it.
 
     Args:
         policy: its normaliser is used frozen.
@@ -100,6 +103,7 @@ def evaluate(
         episodes: number of episodes, at least 1.
         seed: of the first episode, not negative.
         deterministic: act by the mode of the policy.
+        max_episode_steps: where episodes are cut if the environment has no time limit, lest one never end.
         video: an mp4 file to write the first episode to: the first observation, and one frame a step.
 
     Raises:
@@ -109,25 +113,20 @@ def evaluate(
     if episodes < 1:
         raise ValueError(f"episodes has to be at least 1, not {episodes}")
     if video is not None:
-        render_headless()
-        _check_renders(env_config)
+        check_recordable(env_config)
     returns: list[float] = []
     lengths: list[int] = []
     successes: list[float] = []
+    cut = 0
     for first in range(0, episodes, SIDE_BY_SIDE):
         seeds = range(seed + first, seed + min(episodes, first + SIDE_BY_SIDE))
-        part = _side_by_side(policy, env_config, action_space, seeds, deterministic, None if first else video)
+        shown = None if first else video
+        part = _side_by_side(policy, env_config, action_space, seeds, deterministic, max_episode_steps, shown)
         returns += part.returns
         lengths += part.lengths
         successes += part.successes
-    return Evaluation(returns, lengths, successes)
-
-
-def _check_renders(env_config: EnvConfig) -> None:
-    """Before one is made to be rendered: constructors that know no `render_mode` raise errors of their own."""
-    with closing(make_single_env(env_config)) as env:
-        if "rgb_array" not in (env.metadata.get("render_modes") or ()):
-            raise UserError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
+        cut += part.cut
+    return Evaluation(returns, lengths, successes, cut)
 
 
 def _side_by_side(
@@ -136,6 +135,7 @@ def _side_by_side(
     action_space: spaces.Space[Any],
     seeds: Sequence[int],
     deterministic: bool,
+    max_episode_steps: int,
     video: Path | None,
 ) -> Evaluation:
     envs: list[gymnasium.Env[Any, Any]] = []
@@ -144,7 +144,7 @@ def _side_by_side(
             envs.append(make_single_env(env_config, render_mode="rgb_array" if video and i == 0 else None))
         _check_spaces(policy, envs[0], action_space)
         with VideoWriter(video, envs[0]) as frames:
-            episodes = [_Episode(env, seed) for env, seed in zip(envs, seeds, strict=True)]
+            episodes = [_Episode(env, seed, max_episode_steps) for env, seed in zip(envs, seeds, strict=True)]
             return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames)
     finally:
         for env in envs:
@@ -169,18 +169,22 @@ def _run(actor: _Actor, episodes: list[_Episode], frames: VideoWriter) -> Evalua
         [episode.total for episode in episodes],
         [episode.length for episode in episodes],
         [episode.success for episode in episodes if not math.isnan(episode.success)],
+        sum(episode.cut for episode in episodes),
     )
 
 
 class _Episode:
     """One episode of one environment, its reward summed."""
 
-    def __init__(self, env: gymnasium.Env[Any, Any], seed: int):
+    def __init__(self, env: gymnasium.Env[Any, Any], seed: int, max_steps: int):
         self.env = env
         self.seed = seed
+        has_time_limit = env.spec is not None and env.spec.max_episode_steps is not None
+        self.max_steps = math.inf if has_time_limit else max_steps
         self.total = 0.0
         self.length = 0
         self.over = False
+        self.cut = False
         self.success = math.nan  # where the environment does not report it
 
     def reset(self) -> Any:
@@ -192,7 +196,9 @@ class _Episode:
         obs, reward, terminated, truncated, info = self._call(self.env.step, action)
         self.length += 1
         self.total += float(self._checked("reward", reward))
-        self.over = bool(terminated or truncated) or self.length == MAX_EPISODE_STEPS
+        ended = bool(terminated or truncated)
+        self.cut = not ended and self.length >= self.max_steps
+        self.over = ended or self.cut
         if self.over:
             self.success = success_of(info.get("is_success"))
         return self._checked("observation", obs)
@@ -272,14 +278,12 @@ class VideoWriter:
         if self.path.suffix != ".mp4":
             raise UserError(f"{self.path}: a video file has to end in .mp4")
         self._partial = self.path.with_name(f".{self.path.stem}.partial-{os.getpid()}.mp4")
-        try:
-            import imageio.v2 as imageio
+        import imageio.v2 as imageio
 
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             fps = self.env.metadata.get("render_fps", 30)
             self._writer = imageio.get_writer(self._partial, format="FFMPEG", fps=fps, macro_block_size=2)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"videos need a package that is missing ({error}): pip install 'trpo[video]'") from error
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         return self
@@ -288,18 +292,7 @@ class VideoWriter:
         """Renders and appends one frame."""
         if self.path is None:
             return
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="glfw")  # says line by line what the error below says in one
-                frame = self.env.render()
-        except Exception as error:  # rendering back ends raise errors of many kinds
-            raise UserError(
-                f"the environment cannot be rendered here ({type(error).__name__}: {error}); on a machine without a "
-                "screen MuJoCo needs an off-screen library: apt-get install libegl1, or libosmesa6 with "
-                "MUJOCO_GL=osmesa"
-            ) from error
-        if not isinstance(frame, np.ndarray):
-            raise UserError(f"the environment rendered a {type(frame).__name__}, not an array; it cannot be recorded")
+        frame = _frame(self.env)
         try:
             self._writer.append_data(frame)
         except OSError as error:
@@ -315,6 +308,42 @@ class VideoWriter:
             os.replace(self._partial, self.path)
         else:
             self._partial.unlink(missing_ok=True)
+
+
+def check_recordable(env_config: EnvConfig) -> None:
+    """Raises `UserError` unless an environment can be recorded here; tried with a first frame.
+
+    Call before other environments are made: chooses off-screen rendering where there is no screen.
+    """
+    render_headless()
+    try:
+        for package in ("imageio.v2", "imageio_ffmpeg"):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"videos need a package that is missing ({error}): pip install 'trpo[video]'") from error
+    # Without a `render_mode` first: constructors that know none raise errors of their own.
+    with closing(make_single_env(env_config)) as env:
+        if "rgb_array" not in (env.metadata.get("render_modes") or ()):
+            raise UserError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
+    with closing(make_single_env(env_config, render_mode="rgb_array")) as env:
+        _Episode(env, seed=0, max_steps=1).reset()
+        _frame(env)
+
+
+def _frame(env: gymnasium.Env[Any, Any]) -> np.ndarray[Any, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="glfw")  # says line by line what the error below says in one
+            frame: Any = env.render()
+    except Exception as error:  # rendering back ends raise errors of many kinds
+        raise UserError(
+            f"the environment cannot be rendered here ({type(error).__name__}: {error}); on a machine without a "
+            "screen MuJoCo needs an off-screen library: apt-get install libegl1, or libosmesa6 with "
+            "MUJOCO_GL=osmesa"
+        ) from error
+    if not isinstance(frame, np.ndarray):
+        raise UserError(f"the environment rendered a {type(frame).__name__}, not an array; it cannot be recorded")
+    return frame
 
 
 def render_headless() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +34,12 @@ AXIS_LABELS = {
     "eval/success_rate": "success rate, evaluation",
 }
 
+# Settings by which runs are not another experiment: what they are called, where they ran, how they were watched.
+INCIDENTAL = {
+    *("name", "seed", "device", "threads", "evaluation", "checkpoint"),
+    *("env.workers", "env.timeout_s", "env.on_worker_failure", "env.max_restarts"),
+}
+
 GRID_POINTS = 200
 MIN_SEEDS_FOR_BOOTSTRAP = 3  # of two values there are three resamples: no interval worth the name
 
@@ -49,6 +56,7 @@ class Curve:
     env_steps: Array  # [K] increasing
     values: Array  # [K] finite
     source: Path
+    settings: Mapping[str, str] = field(default_factory=dict)  # what it learned with, as text
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,8 @@ class Band:
 def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAULT_METRIC) -> None:
     """Draws a metric against environment steps: one panel per environment, one colour per name, a mean over seeds.
 
-    The metric is looked for in `progress.csv`, then in `evaluations.csv`. Where several runs share environment, name
+    The metric is looked for in `progress.csv`, then in `evaluations.csv`. Runs of one name that learned with different
+    settings get a colour for each, labelled with what differs. Where several runs share environment, name, settings
     and seed, the longest counts: a repeated seed is not another sample.
 
     Args:
@@ -83,7 +92,7 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
     measured = [curve for curve in curves if curve.values.size]
     if not measured:
         raise UserError(f"nothing to plot: {metric} has no value yet in {curves[0].source}")
-    figure = draw(longest_per_seed(measured), metric)
+    figure = draw(longest_per_seed(told_apart(measured)), metric)
     try:
         figure.savefig(output)
     except (OSError, ValueError) as error:
@@ -137,9 +146,34 @@ def read_curve(run: Path, metric: str) -> Curve:
         header, rows = _read(path)
         if metric in header[1:]:
             points = _points(rows, header.index(metric), path)
-            return Curve(config.env.id, config.name, config.seed, points[:, 0], points[:, 1], path)
+            settings = dict(_settings(config.model_dump(by_alias=True)))
+            return Curve(config.env.id, config.name, config.seed, points[:, 0], points[:, 1], path, settings)
         columns += header[1:]
     raise UserError(f"no column {metric} in {run / PROGRESS_FILE}{_near(metric, columns)}")
+
+
+def _settings(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of the settings that are not incidental; a schedule is one value."""
+    for name, value in section.items():
+        key = prefix + name
+        if key in INCIDENTAL:
+            continue
+        if not isinstance(value, dict) or key == "env.kwargs":
+            yield key, value if isinstance(value, str) else json.dumps(value)
+        elif "shape" in value:
+            yield key, "{start} → {end} {shape}".format(**value)
+        else:
+            yield from _settings(value, f"{key}.")
+
+
+def told_apart(curves: Sequence[Curve]) -> list[Curve]:
+    """The curves, in their order; where one name has several settings in an environment, it is followed by its own."""
+    named = []
+    for curve in curves:
+        peers = [other.settings for other in curves if (other.env_id, other.name) == (curve.env_id, curve.name)]
+        own = [f"{key} {value}" for key, value in curve.settings.items() if any(value != p.get(key) for p in peers)]
+        named.append(replace(curve, name=", ".join([curve.name, *own])))
+    return named
 
 
 def longest_per_seed(curves: Sequence[Curve]) -> list[Curve]:

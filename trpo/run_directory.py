@@ -23,6 +23,7 @@ from trpo import native
 from trpo.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
+from trpo.device import resolve_device
 from trpo.errors import CheckpointError, UserError
 
 _PACKAGES = ("trpo", "torch", "numpy", "gymnasium", "mujoco")
@@ -82,7 +83,6 @@ class RunDirectory:
             run = cls(_make_exclusively(parent, name))
             with _removed_on_failure(run.path):
                 run.checkpoints.mkdir()
-                run.videos.mkdir()
                 write_durably(run.meta_file, json.dumps(_meta(config, now), indent=2).encode())
                 write_durably(run.config_file, dump_config(config).encode())
                 sync_directory(run.path)
@@ -258,7 +258,7 @@ def _meta(config: Config, started: datetime) -> dict[str, Any]:
     return {
         "started": started.isoformat(timespec="seconds"),
         "command": sys.argv,
-        "device": config.device,
+        "device": str(resolve_device(config.device)),
         "versions": {name: _version(name) for name in _PACKAGES},
         "native": native.available(),
         "python": platform.python_version(),

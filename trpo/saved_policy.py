@@ -24,7 +24,7 @@ from trpo.config import Config, EnvConfig
 from trpo.device import resolve_device
 from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.spaces import ActionEncoding
-from trpo.errors import CheckpointError
+from trpo.errors import CheckpointError, EnvError
 from trpo.policy import Policy, build_policy
 
 KIND = "trpo policy"
@@ -81,7 +81,7 @@ class SavedPolicy:
 
         Raises:
             ValueError: the observation has another shape.
-            EnvError: the action is not finite, because the observation was not.
+            EnvError: the observation, or the action, is not finite.
         """
         if isinstance(observation, dict):
             raise ValueError(
@@ -92,6 +92,8 @@ class SavedPolicy:
         if observation.ndim not in (1, 2) or observation.shape[-1] != self.obs_dim:
             expected = f"[{self.obs_dim}] or [N, {self.obs_dim}]"
             raise ValueError(f"observation has shape {list(observation.shape)}; expected {expected}")
+        if not np.isfinite(observation).all():
+            raise EnvError("the observation is not finite: the simulation diverged or the environment divides by zero")
         batch = torch.tensor(np.atleast_2d(observation)).to(self.policy.theta.vector.device)
         noise = None if deterministic else self._noise(len(batch), generator)
         encoded = self.policy.mode(batch) if noise is None else self.policy.sample(batch, noise)

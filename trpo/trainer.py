@@ -23,8 +23,8 @@ from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
-from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
-from trpo.evaluation import Evaluation, evaluate
+from trpo.errors import CheckpointError, TrainingError, UserError
+from trpo.evaluation import Evaluation, check_recordable, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
 from trpo.natural_gradient import StepReport
@@ -34,6 +34,7 @@ from trpo.saved_policy import load_policy, save_policy
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
 
+IMAGE_SIZE = 64 * 64  # components of an observation that is probably an image, of which these networks know nothing
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
 
 
@@ -101,7 +102,10 @@ class Trainer:
         shard = self.group.shard(config.env.num_envs)
         if shard.start == shard.stop:
             raise UserError(f"env.num_envs {config.env.num_envs} is less than the {self.group.size} processes")
+        if config.evaluation.video and self.group.leads:
+            check_recordable(config.env)
         seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
+        staggered = config.env.stagger and self.env is None
         if self.env is None:
             self.env = make_envs(config.env, seeds, device=self.device)
         env = self.env
@@ -124,6 +128,7 @@ class Trainer:
             noise_exponent=config.policy.noise_exponent,
             shard=shard,
             total_envs=config.env.num_envs,
+            staggered=staggered,
         )
 
     def _open_run(self, root: Path, resume: Path | None, console: bool) -> None:
@@ -161,6 +166,11 @@ class Trainer:
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
         if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
             self._say("note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler")
+        inputs = self.agent.policy.normalizer.moments.mean.shape[0]
+        if inputs >= IMAGE_SIZE:
+            self._say(
+                f"note: {inputs} components of an observation all go into one layer; env.wrappers can reduce images"
+            )
         if self.env is not None and not self.env.exact_resume:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 
@@ -281,10 +291,18 @@ class Trainer:
         if self.writer is None:
             return None
         started = time.perf_counter()
-        seed = stream_seed(self.config.seed, "evaluation")
+        settings = self.config.evaluation
         try:
-            result = evaluate(self.agent.policy, self.config.env, self.action_space, episodes=episodes, seed=seed)
-        except EnvError:
+            result = evaluate(
+                self.agent.policy,
+                self.config.env,
+                self.action_space,
+                episodes=episodes,
+                seed=stream_seed(self.config.seed, "evaluation"),
+                max_episode_steps=settings.max_episode_steps,
+                video=self.run.videos / f"step-{self.env_steps:09d}.mp4" if settings.video else None,
+            )
+        except UserError:
             if self.group.size == 1:  # others would not come to a checkpoint of all
                 self._save_checkpoint()
             raise
