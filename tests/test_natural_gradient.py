@@ -277,6 +277,20 @@ def test_a_metric_of_zero_ends_with_non_positive_curvature() -> None:
     assert str(report.outcome) == "non-positive curvature"
 
 
+def test_a_policy_all_but_certain_has_no_curvature_and_nothing_broke() -> None:
+    report = refused(*saturated(), damping=0.1)
+    assert report.outcome is Outcome.NO_CURVATURE and not report.numerics_failed
+    assert report.cg.status is CGStatus.CONVERGED and report.gradient_norm > 0
+
+
+def test_curvature_that_is_negative_beyond_rounding_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F = −0.2 I beside a damping of 0.3: the sum is positive for CG, F is not."""
+    product = lambda *args, **options: lambda v: -0.2 * v  # noqa: E731
+    monkeypatch.setattr("trpo.natural_gradient.step.fisher_product", product)
+    report = refused(*saturated(), damping=0.3)
+    assert report.outcome is Outcome.NONPOSITIVE_CURVATURE and report.numerics_failed
+
+
 def test_curvature_far_below_the_damping_is_not_lost_to_rounding() -> None:
     """σ = 1e4: the metric is 1e-8, and of Fx = g − λx no digit is left in float32."""
     make = lambda dtype: make_policy("gaussian_given_std", initial_std=1e4, dtype=dtype)  # noqa: E731
@@ -332,6 +346,7 @@ def test_the_outcomes_are_those_produced_in_this_file() -> None:
         Outcome.NONFINITE_GRADIENT,
         Outcome.NONFINITE_PRODUCT,
         Outcome.NONPOSITIVE_CURVATURE,
+        Outcome.NO_CURVATURE,
         Outcome.NO_CANDIDATE,
         Outcome.NONFINITE_STEP,
     }

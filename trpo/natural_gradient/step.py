@@ -56,6 +56,7 @@ class Outcome(StrEnum):
     NONFINITE_GRADIENT = "non-finite gradient"
     NONFINITE_PRODUCT = "non-finite Fisher-vector product"
     NONPOSITIVE_CURVATURE = "non-positive curvature"
+    NO_CURVATURE = "no curvature: the policy is all but deterministic"
     NO_CANDIDATE = "line search exhausted"
     NONFINITE_STEP = "non-finite surrogate or KL"
 
@@ -148,13 +149,18 @@ def trust_region_step(
     )
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
+    if cg.status is CGStatus.NONPOSITIVE_CURVATURE:
+        return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
     # xᵀFx without another product: Fx = g − residual − λx. Unless λ was all there was, and the difference is rounding.
     fx = gradient - cg.residual - settings.damping * cg.x
     curvature, slope = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient)]).tolist()
     if curvature < 1e-3 * slope:
         curvature = float(torch.dot(cg.x, fisher(cg.x)))
-    if cg.status is CGStatus.NONPOSITIVE_CURVATURE or not curvature > 0:
-        return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
+    if not curvature > 0:
+        # Of a policy that is nearly certain of its actions F itself is rounding, of either sign. That breaks nothing.
+        lost = curvature >= -1e-3 * slope
+        outcome = Outcome.NO_CURVATURE if lost else Outcome.NONPOSITIVE_CURVATURE
+        return StepReport(outcome, max_kl, gradient_norm, cg=cg)
     step = math.sqrt(2 * max_kl / curvature) * cg.x
     expected_gain = float(torch.dot(gradient, step))
 
