@@ -47,9 +47,8 @@ def measure(trainer: Trainer) -> dict[str, Any]:
 
     linearization = policy.linearize(batch.obs)
     eta = linearization.output
-    gradient = linearization.vjp(dist.score(eta, batch.action) * batch.advantage[:, None]) / count
-    generator = torch.Generator().manual_seed(0)
-    scores = dist.score(eta, dist.sample(eta, dist.noise(len(eta), like=eta, generator=generator)))
+    scores = dist.score(eta, batch.action)
+    gradient = linearization.vjp(scores * batch.advantage[:, None]) / count
     fisher = fisher_product(linearization, dist, count=count)
 
     # The judge is float64: F of the same θ and batch.

@@ -30,7 +30,7 @@ enum { LANES = 8, WIDE = 2, TALL = 6, TALLER = 12 };
 enum { LANES = 4, WIDE = 2, TALL = 6, TALLER = 12 };
 #endif
 
-enum { BLOCK = 128, MOST_LAYERS = 16 };
+enum { BLOCK = 128, STRIP = 16, MOST_LAYERS = 16 };
 enum { TANH = 0, RELU = 1 };
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
@@ -414,6 +414,21 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
     }
 }
 
+/* sum [n, ·] += Σ xxᵀ over rows of x [rows, width], in strips that begin at the diagonal: `mirror` makes what is left. */
+static void add_squares(long n, long rows, const float *x, long width, float *sum, long sum_row)
+{
+    for (long i = 0; i < n; i += STRIP) {
+        float *corner = sum + i * sum_row + i;
+        product(least(STRIP, n - i), width - i, rows, x + i, 1, width, x + i, width, corner, sum_row, corner, sum_row);
+    }
+}
+
+static void mirror(long n, float *sum, long sum_row)
+{
+    for (long i = 0; i < n; i++)
+        for (long j = 0; j < i; j++) sum[i * sum_row + j] = sum[j * sum_row + i];
+}
+
 /* Of every layer, first to last, Σ h̃h̃ᵀ [n_l + 1, pad(n_l + 1)] with h̃ = (h, 1), then Σ δδᵀ [n_{l+1}, pad(n_{l+1})],
  * summed over rows, δ the way of u [rows, n_L] back through the layers; all one after the other in `out`. */
 void mlp_factors(const long *widths, int layers, int activation, const float *u, long rows, float *out, float *work)
@@ -433,16 +448,18 @@ void mlp_factors(const long *widths, int layers, int activation, const float *u,
         for (int l = layers - 1; l >= 0; l--) {
             const long n = p.n[l], in = pad(n), wide = pad(n + 1), width = pad(p.n[l + 1]);
             const float *h = work + p.input[l] + row * in;
-            product(n, in, count, h, 1, in, h, in, inputs[l], wide, inputs[l], wide);
+            add_squares(n, count, h, in, inputs[l], wide);
             add_rows(h, count, in, inputs[l] + n * wide);
-            product(p.n[l + 1], width, count, delta, 1, width, delta, width, outputs[l], width, outputs[l], width);
+            add_squares(p.n[l + 1], count, delta, width, outputs[l], width);
             if (l) back(&p, l, activation, count, h, &delta, &next, work);
         }
     }
     for (int l = 0; l < layers; l++) {
         const long n = p.n[l], wide = pad(n + 1);
         for (long i = 0; i < n; i++) inputs[l][i * wide + n] = inputs[l][n * wide + i];
+        mirror(n, inputs[l], wide);
         inputs[l][n * wide + n] = (float)rows;
+        mirror(p.n[l + 1], outputs[l], pad(p.n[l + 1]));
     }
 }
 

@@ -5,8 +5,8 @@ the expectations apart gives A ⊗ S with A = E[h̃h̃ᵀ] and S = E[δδᵀ] (M
 of its own this is K-FAC; as a preconditioner P ≈ F + λI it only has to be near: CG still solves the exact system, with
 far fewer products.
 
-The scores are those of actions drawn from the policy itself, whose covariance is the metric M by the definition of the
-Fisher information, so that one backward pass gives all S.
+The scores are those of the batch's actions. The policy drew them itself, so that the covariance of their scores is the
+metric M by the definition of the Fisher information, and one backward pass gives all S.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class KroneckerPreconditioner:
 
     Args:
         linearization: at θ_old.
-        scores: score(η_old, a) [B, K] of actions a drawn from the policy itself.
+        scores: score(η_old, a) [B, K] of actions a that the policy drew.
         count: samples of all processes together.
         damping: λ, that of the system to solve.
         all_sum: sums a tensor over processes.

@@ -122,7 +122,7 @@ def trust_region_step(
         max_kl: δ for this update (`settings.max_kl` may be a schedule; the caller evaluates it).
         settings: damping, CG and line search.
         all_sum: sums a tensor over processes; the identity for one.
-        generator: draws the Fisher subsample and the preconditioner's actions; on the CPU.
+        generator: draws the Fisher subsample; on the CPU.
     """
     theta_old = policy.theta.vector.clone()
     dist = policy.distribution
@@ -131,7 +131,8 @@ def trust_region_step(
     count = total_count(len(batch.obs), all_sum)
 
     # At θ_old the ratio is 1, so ∇_η (ratio · A) is the score times A and the gradient is one vector-Jacobian product.
-    gradient = linearization.vjp(dist.score(eta_old, batch.action) * batch.advantage.unsqueeze(-1))
+    scores = dist.score(eta_old, batch.action)
+    gradient = linearization.vjp(scores * batch.advantage.unsqueeze(-1))
     gradient = all_sum(gradient).div_(count)
     gradient_norm = float(gradient.norm())
     if not math.isfinite(gradient_norm):
@@ -139,7 +140,7 @@ def trust_region_step(
     if gradient_norm == 0:
         return StepReport(Outcome.ZERO_GRADIENT, max_kl, gradient_norm)
 
-    fisher, preconditioner = _curvature(policy, linearization, batch, count, settings, all_sum, generator)
+    fisher, preconditioner = _curvature(policy, linearization, batch.obs, scores, count, settings, all_sum, generator)
     cg = conjugate_gradient(
         lambda v: fisher(v).add_(v, alpha=settings.damping),
         gradient,
@@ -198,7 +199,8 @@ def trust_region_step(
 def _curvature(
     policy: PolicyModel,
     linearization: Linearization,
-    batch: Batch,
+    obs: Tensor,
+    scores: Tensor,
     count: float,
     settings: NaturalGradientConfig,
     all_sum: AllSum,
@@ -208,21 +210,16 @@ def _curvature(
 
     Gradient and line search always see the whole batch.
     """
-    dist = policy.distribution
     if settings.fisher_subsample < 1:
-        total = len(batch.obs)
-        keep = max(1, round(settings.fisher_subsample * total))
-        rows = torch.randperm(total, generator=generator)[:keep].to(batch.obs.device)
-        linearization = policy.linearize(batch.obs[rows])
+        keep = max(1, round(settings.fisher_subsample * len(obs)))
+        rows = torch.randperm(len(obs), generator=generator)[:keep].to(obs.device)
+        linearization, scores = policy.linearize(obs[rows]), scores[rows]
         count = total_count(len(rows), all_sum)
-    product = fisher_product(linearization, dist, count=count, all_sum=all_sum)
+    product = fisher_product(linearization, policy.distribution, count=count, all_sum=all_sum)
     if settings.preconditioner is None:
         return product, None
     if not isinstance(linearization, HasFactors):
         raise UserError("natural_gradient.preconditioner: kronecker needs the built-in networks; set it to null")
-    eta = linearization.output
-    noise = dist.noise(len(eta), like=eta.new_empty(0, device="cpu"), generator=generator).to(eta.device)
-    scores = dist.score(eta, dist.sample(eta, noise))
     return product, KroneckerPreconditioner(
         linearization, scores, count=count, damping=settings.damping, all_sum=all_sum
     )
