@@ -32,8 +32,9 @@ def _learn(args: argparse.Namespace, command: str) -> int:
         return 1
     print(write_tables(out, command=command))
     if args.agent != "trpo":
-        table = side_by_side(Path(args.beside), out, agent=args.agent)
-        (out / "side_by_side.md").write_text(f"Made by `{command}` of results in {args.beside} and {out}.\n\n{table}")
+        table = side_by_side(Path(args.beside), out, agent=args.agent, speed=Path(args.speed))
+        made = f"Made by `{command}` of {args.beside}, {out} and {args.speed}."
+        (out / "side_by_side.md").write_text(f"{made}\n\n{table}")
         print(table)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -61,6 +62,9 @@ def _parse() -> argparse.Namespace:
     learn.add_argument("--agent", choices=AGENTS, default="trpo", help="whose TRPO to train (default: ours)")
     learn.add_argument(
         "--beside", default="benchmarks/learning", metavar="DIR", help="results of ours to compare another agent with"
+    )
+    learn.add_argument(
+        "--speed", default="benchmarks/speed.json", metavar="FILE", help="of the speed benchmark: how fast both train"
     )
     learn.add_argument("--suite", choices=sorted(SUITES))
     learn.add_argument("--task", action="append", metavar="NAME", help="a config by name; may be repeated")

@@ -61,8 +61,10 @@ def test_runs_are_scored_once_tabulated_and_a_broken_one_is_reported(tmp_path: P
     results = load_results(out)["tiny"]
     assert [r["seed"] for r in results] == [0, 1]
     assert all(len(r["returns"]) == 2 and r["env_steps"] == 128 for r in results)
-    summary = write_tables(out, command="a command")
-    assert "a command" in summary and (out / "summary.md").read_text() == summary
+    write_tables(out, command="an earlier command")
+    for _ in range(2):
+        summary = write_tables(out, command="a command")
+    assert "\n- `an earlier command`\n- `a command`\n\n" in summary and (out / "summary.md").read_text() == summary
     with (out / "scores.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [float(row["mean"]) for row in rows] == [np.mean(json.loads(first.read_text())["returns"]), rows_mean(out)]
@@ -111,26 +113,38 @@ def test_no_results_is_said_in_words(tmp_path: Path) -> None:
 
 
 def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) -> None:
-    def store(agent: str, seed: int, train_s: float, returns: list[float], curve: list[float]) -> None:
+    def store(agent: str, seed: int, returns: list[float], curve: list[float]) -> None:
         file = tmp_path / agent / "tiny" / f"seed-{seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         evaluations = {"env_steps": [100, 200, 300, 400], "mean": curve}
-        run = {"environment": "Tiny-v0", "env_steps": 400, "train_s": train_s, "returns": returns}
-        file.write_text(json.dumps({**run, "evaluations": evaluations}))
+        run = {"environment": "Tiny-v0", "env_steps": 400, "returns": returns, "evaluations": evaluations}
+        file.write_text(json.dumps(run))
 
-    for seed, train_s in enumerate([8.0, 10.0, 99.0]):  # the median is 10
-        store("ours", seed, train_s, [50.0, 70.0], [0, 0, 0, 0])
-    # 10 s of 16 are 250 of 400 steps: the evaluation at 200 is the last by then.
-    store("theirs", 0, 16.0, [30.0], [1, 2, 30, 30])
-    store("theirs", 1, 16.0, [50.0], [3, 4, 50, 50])
-    row = side_by_side(tmp_path / "ours", tmp_path / "theirs", agent="them").splitlines()[-1]
+    def compare() -> str:
+        return side_by_side(tmp_path / "ours", tmp_path / "theirs", agent="them", speed=tmp_path / "speed.json")
+
+    for seed in range(3):
+        store("ours", seed, [50.0, 70.0], [0, 0, 0, 0])
+    store("theirs", 0, [30.0], [1, 2, 30, 30])
+    store("theirs", 1, [50.0], [3, 4, 50, 50])
+    with pytest.raises(UserError, match=r"no rate of training on Tiny-v0.*speed --parts recipes"):
+        compare()
+    # 400 steps at 40 a second are 10 s, in which they come to 250: the evaluation at 200 is their last by then.
+    rows = {
+        "trpo, envpool × 16, 1 worker": [40.0, 40.0, 40.0],
+        "trpo, gymnasium": [90.0] * 3,
+        "them, zoo": [20, 25, 25],
+    }
+    rounds = {row: [{"steps_per_s": rate} for rate in rates] for row, rates in rows.items()}
+    (tmp_path / "speed.json").write_text(json.dumps({"tables": {"recipe Tiny-v0": rounds}}))
+    row = compare().splitlines()[-1]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         *("Tiny-v0", "60.0 ± 0.0", "3", "10 s"),
         *("40.0 ± 10.0", "2", "16 s", "3.0 ± 1.0", "1.6"),
     ]
     (tmp_path / "theirs" / "tiny").rename(tmp_path / "theirs" / "other")
     with pytest.raises(UserError, match="no task in common"):
-        side_by_side(tmp_path / "ours", tmp_path / "theirs", agent="them")
+        compare()
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

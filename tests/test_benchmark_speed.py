@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from trpo.benchmark import peers
 from trpo.benchmark.floor import matmul_rate, update_flops
-from trpo.benchmark.ours import _config, _Update
+from trpo.benchmark.ours import _config, _defaults, _Update
+from trpo.benchmark.side_by_side import OUR_ROW
 from trpo.benchmark.speed import OURS, SETUPS, TASKS, Child, Extent, plan_speed, run_speed
 from trpo.benchmark.speed_report import best, median_ratio, targets, write_report
 from trpo.benchmark.work import CG_ITERATIONS, MAX_KL, UPDATE_ENVS, UPDATE_TASK
+from trpo.config_file import load_config
 from trpo.distributions import DiagonalGaussian
 from trpo.errors import UserError
 from trpo.networks import MLP
@@ -125,12 +127,18 @@ def test_contenders_take_turns_and_setups_without_envpool_are_left_out() -> None
     assert not any("envpool" in measurement.row for measurement in plan)
 
 
-def test_training_with_the_defaults_is_measured_beside_what_counts() -> None:
-    plan = list(plan_speed([OURS], ["Hopper-v5"], ("train",), TINY, envpool=True))
-    defaults = [measurement.row for measurement in plan if measurement.request["setup"].get("defaults")]
-    rows = {measurement.row: [{"steps_per_s": 1.0 + (measurement.row in defaults)}] for measurement in plan}
-    assert [row for row in rows if "defaults" in row] == defaults != []
-    assert "defaults" not in (best(rows, OURS) or "defaults")
+def test_recipes_are_measured_in_tables_of_their_own_as_returns_are_compared() -> None:
+    plan = list(plan_speed([OURS, "sb3-contrib", "skrl"], [], ("recipes",), TINY, envpool=True))
+    assert all(measurement.request["recipe"] for measurement in plan)
+    rows = {measurement.row for measurement in plan if measurement.table == "recipe Walker2d-v5"}
+    assert OUR_ROW in rows and {row.partition(",")[0] for row in rows} == {OURS, "sb3-contrib"}
+
+
+def test_our_recipe_is_the_defaults() -> None:
+    config = _defaults("Hopper-v5", {"num_envs": 16}, threads=1)
+    trained = load_config(Path(__file__).parents[1] / "configs" / "hopper.yaml")
+    incidental = {"env", "total_steps", "device", "evaluation", "checkpoint"}
+    assert config.model_dump(exclude=incidental) == trained.model_dump(exclude=incidental)
 
 
 def test_our_work_is_that_of_everyone() -> None:
@@ -165,7 +173,7 @@ def test_where_nothing_could_be_measured_earlier_results_stay(tmp_path: Path, mo
 @pytest.mark.slow
 @pytest.mark.skipif(not peers.installed(), reason="none of the other implementations is installed")
 def test_one_small_round_of_everyone(tmp_path: Path) -> None:
-    run_speed(tmp_path, extent=TINY, tasks=["Hopper-v5"], parts=("update", "train"), say=lambda line: None)
+    run_speed(tmp_path, extent=TINY, tasks=["Hopper-v5"], parts=("update", "train", "recipes"), say=lambda line: None)
     result = json.loads((tmp_path / "speed.json").read_text())
     assert result["errors"] == []
     assert set(result["tables"]["update"]) == {OURS, *peers.installed()}

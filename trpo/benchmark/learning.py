@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -261,7 +262,8 @@ def write_tables(out: Path, *, command: str) -> str:
         for r in _rows(results):
             for steps, mean in zip(r["evaluations"]["env_steps"], r["evaluations"]["mean"], strict=True):
                 curves.writerow([r["task"], r["seed"], int(steps), f"{mean:.2f}"])
-    summary = _summary(results, command)
+    commands = [*_commands(out / "summary.md"), command]
+    summary = _summary(results, list(dict.fromkeys(commands)))
     (out / "summary.md").write_text(summary)
     if importlib.util.find_spec("matplotlib"):
         draw([_curve(r, out) for r in _rows(results)], "eval/mean_reward").savefig(out / "curves.png", dpi=80)
@@ -298,10 +300,16 @@ def _rows(results: dict[str, list[dict[str, Any]]]) -> Iterable[dict[str, Any]]:
         yield from runs
 
 
-def _summary(results: dict[str, list[dict[str, Any]]], command: str) -> str:
+def _commands(summary: Path) -> list[str]:
+    """Those that made what is there so far: results are gathered by several."""
+    return re.findall(r"^- `(.+)`$", summary.read_text(), re.MULTILINE) if summary.is_file() else []
+
+
+def _summary(results: dict[str, list[dict[str, Any]]], commands: Sequence[str]) -> str:
     lines = [
-        "Last policy of each seed, deterministic, on Gymnasium's own environments; 95 % bootstrap over seeds.",
-        f"Made by `{command}`.",
+        "Last policy of each seed, deterministic, on Gymnasium's own environments; 95 % bootstrap over seeds. Made by",
+        "",
+        *(f"- `{command}`" for command in commands),
         "",
         "| Environment | Steps | Seeds | Mean ± std | 95 % interval | IQM | Worst | Best | Stochastic mean "
         "| Published TRPO | PPO, Tianshou |",

@@ -60,11 +60,13 @@ class Ours:
             self._update = _Update(_config(UPDATE_TASK, {"num_envs": UPDATE_ENVS}))
         return self._update.measure(repeats, variants=True)
 
-    def train(self, *, task: str, setup: dict[str, Any], steps: int, random: bool = False) -> Numbers:
+    def train(
+        self, *, task: str, setup: dict[str, Any], steps: int, recipe: bool = False, random: bool = False
+    ) -> Numbers:
         """With `random` also the rate of random stepping through `BatchEnv`, right after it on the same environments:
         actions uniform in their bounds, drawn beforehand."""
-        environments = {key: value for key, value in setup.items() if key not in ("threads", "defaults")}
-        make_config = _defaults if setup.get("defaults") else _config
+        environments = {key: value for key, value in setup.items() if key != "threads"}
+        make_config = _defaults if recipe else _config
         with _trainer(make_config(task, environments, threads=setup.get("threads", self._threads))) as trainer:
             trainer._iteration()
             count = iterations(steps)

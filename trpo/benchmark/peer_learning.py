@@ -36,15 +36,19 @@ SETTINGS = {
 DEPARTURES = {"HalfCheetah": {"target_kl": 0.04}, "Swimmer": {"gamma": 0.9999}}
 
 
+def algorithm(env_id: str) -> dict[str, Any]:
+    """The settings of rl-zoo for a task."""
+    return SETTINGS | DEPARTURES.get(env_id.rpartition("-v")[0], {})
+
+
 def settings(config: Config) -> str:
     """All that decides what a run of the peer gives, as JSON; of `config` what does not belong to the algorithm."""
-    task = config.env.id.rpartition("-v")[0]
     return json.dumps(
         {
             "agent": "sb3-contrib",
             "env": config.env.model_dump(mode="json", include={"id", "kwargs", "wrappers"}),
             "num_envs": ENVS,
-            "algorithm": SETTINGS | DEPARTURES.get(task, {}),
+            "algorithm": algorithm(config.env.id),
             "total_steps": config.total_steps,
             "evaluation": {"every_steps": config.evaluation.every_steps, "episodes": config.evaluation.episodes},
             "seed": config.seed,
@@ -68,7 +72,9 @@ def learn(run: dict[str, Any], episodes: int, *, seed: int) -> dict[str, Any]:
         "platform": platform.platform(),
     }
     torch.set_num_threads(1)
-    model = _model(run)
+    if run["env"]["wrappers"]:
+        raise UserError("sb3-contrib is trained without wrappers; leave env.wrappers out")
+    model = make_model(run["env"]["id"], run["algorithm"], seed=run["seed"], **run["env"]["kwargs"])
     env_config = EnvConfig.model_validate(run["env"])
     every, evaluation_seed = run["evaluation"]["every_steps"], stream_seed(run["seed"], "evaluation")
     evaluations: dict[str, list[float]] = {"env_steps": [], "mean": []}
@@ -121,22 +127,24 @@ def learn(run: dict[str, Any], episodes: int, *, seed: int) -> dict[str, Any]:
     }
 
 
-def _model(run: dict[str, Any]) -> Any:
+def make_model(env_id: str, algorithm: dict[str, Any], *, seed: int, **env_kwargs: Any) -> Any:
+    """A TRPO of sb3-contrib on `ENVS` environments in this process, normalised as rl-zoo does.
+
+    Raises:
+        UserError: it is not installed, or cannot be trained on such actions here.
+    """
     try:
         from sb3_contrib import TRPO
         from stable_baselines3.common.env_util import make_vec_env
         from stable_baselines3.common.vec_env import VecNormalize
     except ImportError as error:
-        raise UserError(f"{run['agent']} is not installed: pip install 'trpo[peers]'") from error
+        raise UserError("sb3-contrib is not installed: pip install 'trpo[peers]'") from error
     from gymnasium.spaces import Box
 
-    if run["env"]["wrappers"]:
-        raise UserError("sb3-contrib is trained without wrappers; leave env.wrappers out")
-    env = make_vec_env(run["env"]["id"], run["num_envs"], seed=run["seed"], env_kwargs=run["env"]["kwargs"])
+    env = make_vec_env(env_id, ENVS, seed=seed, env_kwargs=env_kwargs)
     if not isinstance(env.action_space, Box):
         raise UserError(f"sb3-contrib is trained on continuous actions here, not {env.action_space}; name other tasks")
-    normalized = VecNormalize(env, gamma=run["algorithm"]["gamma"])
-    return TRPO("MlpPolicy", normalized, **run["algorithm"], seed=run["seed"], device="cpu")
+    return TRPO("MlpPolicy", VecNormalize(env, gamma=algorithm["gamma"]), **algorithm, seed=seed, device="cpu")
 
 
 def _at_rollout_start(function: Any) -> Any:

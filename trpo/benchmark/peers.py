@@ -24,6 +24,7 @@ import gymnasium
 import torch
 from torch import nn
 
+from trpo.benchmark import peer_learning
 from trpo.benchmark.work import (
     BATCH,
     CG_ITERATIONS,
@@ -64,8 +65,13 @@ class Sb3:
     def __init__(self) -> None:
         from sb3_contrib.trpo import trpo
 
-        trpo.conjugate_gradient_solver = functools.partial(trpo.conjugate_gradient_solver, residual_tol=0.0)
+        self._solver = trpo.conjugate_gradient_solver
         self._ready: tuple[Any, Any] | None = None
+
+    def _let_residual_stop(self, may: bool) -> None:
+        from sb3_contrib.trpo import trpo
+
+        trpo.conjugate_gradient_solver = self._solver if may else functools.partial(self._solver, residual_tol=0.0)
 
     def _model(self, task: str, envs: int, *, subprocesses: bool = False) -> Any:
         from sb3_contrib import TRPO
@@ -91,6 +97,7 @@ class Sb3:
         )
 
     def update(self, *, repeats: int) -> Numbers:
+        self._let_residual_stop(False)
         if self._ready is None:
             model = self._model(UPDATE_TASK, UPDATE_ENVS)
             model.learn(BATCH)
@@ -115,8 +122,12 @@ class Sb3:
             "accepted": float(model.logger.name_to_value["train/is_line_search_success"]),
         }
 
-    def train(self, *, task: str, setup: dict[str, Any], steps: int) -> Numbers:
-        model = self._model(task, setup["num_envs"], subprocesses=setup.get("subprocesses", False))
+    def train(self, *, task: str, setup: dict[str, Any], steps: int, recipe: bool = False) -> Numbers:
+        self._let_residual_stop(recipe)
+        if recipe:
+            model = peer_learning.make_model(task, peer_learning.algorithm(task), seed=0)
+        else:
+            model = self._model(task, setup["num_envs"], subprocesses=setup.get("subprocesses", False))
         count, threads = iterations(steps), torch.get_num_threads()
         torch.set_num_threads(setup.get("threads", threads))
         try:
@@ -222,7 +233,7 @@ class Tianshou:
         policy = parts[0] - value / CRITIC_EPOCHS
         return {"whole_s": whole, "policy_s": policy, "value_s": value, "accepted": float(accepted)}
 
-    def train(self, *, task: str, setup: dict[str, Any], steps: int) -> Numbers:
+    def train(self, *, task: str, setup: dict[str, Any], steps: int, recipe: bool = False) -> Numbers:
         from tianshou.utils.torch_utils import policy_within_training_step
 
         algorithm, collector = self._build(task, setup["num_envs"])
@@ -335,7 +346,7 @@ class Skrl:
         moved = any(not torch.equal(agent.policy.state_dict()[key], old) for key, old in states[0][1].items())
         return {"whole_s": whole, "policy_s": policy, "value_s": whole - policy, "accepted": float(moved)}
 
-    def train(self, *, task: str, setup: dict[str, Any], steps: int) -> Numbers:
+    def train(self, *, task: str, setup: dict[str, Any], steps: int, recipe: bool = False) -> Numbers:
         trainer = self._trainer(task, setup["num_envs"])
         self._run(trainer, BATCH)
         count = iterations(steps)

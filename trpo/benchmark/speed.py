@@ -19,13 +19,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from trpo.benchmark import peers, speed_report
+from trpo.benchmark import peer_learning, peers, speed_report
 from trpo.errors import UserError
 
 OURS = "trpo"
-PARTS = ("update", "train", "scaling", "memory")
+PARTS = ("update", "train", "recipes", "scaling", "memory")
 TASKS = ("Hopper-v5", "HalfCheetah-v5")
-# contender → name → how environments are run; threads of updates; whether with the defaults, which are other work
+# contender → name → how environments are run; threads of updates
 SETUPS: dict[str, dict[str, dict[str, Any]]] = {
     OURS: {
         "gymnasium × 8": {"backend": "gymnasium", "num_envs": 8},
@@ -34,14 +34,6 @@ SETUPS: dict[str, dict[str, dict[str, Any]]] = {
         "envpool × 16, 1 worker": {"backend": "envpool", "num_envs": 16, "workers": 1},
         "gymnasium × 16, 2 threads": {"backend": "gymnasium", "num_envs": 16, "threads": 2},
         "envpool × 16, 2 workers, 2 threads": {"backend": "envpool", "num_envs": 16, "workers": 2, "threads": 2},
-        "defaults, gymnasium × 16": {"backend": "gymnasium", "num_envs": 16, "defaults": True},
-        "defaults, envpool × 16, 2 workers, 2 threads": {
-            "backend": "envpool",
-            "num_envs": 16,
-            "workers": 2,
-            "threads": 2,
-            "defaults": True,
-        },
     },
     "sb3-contrib": {
         **{f"DummyVecEnv × {n}": {"num_envs": n} for n in (8, 16)},  # beside ours of as many
@@ -51,6 +43,16 @@ SETUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tianshou": {"DummyVectorEnv × 16": {"num_envs": 16}},
     "skrl": {"SyncVectorEnv × 16": {"num_envs": 16}},
+}
+# The same of what each is trained with where returns are compared, other work for each.
+RECIPE_TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    OURS: {
+        "envpool × 16, 1 worker": {"backend": "envpool", "num_envs": 16, "workers": 1},
+        "envpool × 16, 2 workers, 2 threads": {"backend": "envpool", "num_envs": 16, "workers": 2, "threads": 2},
+        "gymnasium × 16": {"backend": "gymnasium", "num_envs": 16},
+    },
+    "sb3-contrib": {f"rl-zoo, DummyVecEnv × {peer_learning.ENVS}": {"num_envs": peer_learning.ENVS}},
 }
 MEMORY_SETUPS = {  # 16 environments in the process itself
     OURS: "gymnasium × 16",
@@ -158,14 +160,19 @@ def _plan(name: str, tasks: Sequence[str], parts: Sequence[str], extent: Extent,
 
     if "update" in parts:
         add("update", name, "update", repeats=extent.repeats)
+
+    def add_training(table: str, task: str, setups: dict[str, dict[str, Any]], **more: Any) -> None:
+        for setup_name, setup in setups.items():
+            if envpool or setup.get("backend") != "envpool":
+                row = f"{name}, {setup_name}"
+                add(f"{table} {task}", row, "train", task=task, setup=setup, steps=extent.steps, **more)
+
     if "train" in parts:
         for task in tasks:
-            for setup_name, setup in SETUPS[name].items():
-                if setup.get("backend") == "envpool" and not envpool:
-                    continue
-                row = f"{name} {setup_name}" if setup.get("defaults") else f"{name}, {setup_name}"
-                more = {"random": True} if name == OURS else {}
-                add(f"train {task}", row, "train", task=task, setup=setup, steps=extent.steps, **more)
+            add_training("train", task, SETUPS[name], **({"random": True} if name == OURS else {}))
+    if "recipes" in parts:
+        for task in RECIPE_TASKS:
+            add_training("recipe", task, RECIPES.get(name, {}), recipe=True)
     if "scaling" in parts and name == OURS:
         for width in extent.widths:
             for batch in extent.batches:

@@ -28,8 +28,11 @@ class Contender(Protocol):
     def update(self, *, repeats: int) -> Numbers:
         """Seconds of one update on the same real rollout: `whole_s`, `policy_s`, `value_s`; `accepted` is 0 or 1."""
 
-    def train(self, *, task: str, setup: dict[str, Any], steps: int) -> Numbers:
-        """`steps_per_s` of training, updates included, after one iteration to warm up."""
+    def train(self, *, task: str, setup: dict[str, Any], steps: int, recipe: bool = False) -> Numbers:
+        """`steps_per_s` of training, updates included, after one iteration to warm up.
+
+        With `recipe`, where it has one, it does what it is trained with where returns are compared.
+        """
 
 
 def iterations(steps: int) -> int:
