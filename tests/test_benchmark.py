@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from trpo.benchmark import load_results, peer_learning, plan, run, write_tables
+from trpo.benchmark import peer_learning
+from trpo.benchmark.learning import load_results, plan, run, write_tables
 from trpo.benchmark.side_by_side import side_by_side
 from trpo.config_file import load_config
 from trpo.errors import UserError

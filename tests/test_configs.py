@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from trpo.benchmark import SUITES
+from trpo.benchmark.learning import SUITES
 from trpo.config_file import load_config, parse_config
 from trpo.natural_gradient import Outcome, StepReport, trust_region_step
 from trpo.saved_policy import load_policy

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trpo.benchmark import load_results, plan, run
+from trpo.benchmark.learning import load_results, plan, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -111,6 +111,8 @@ def test_tensorboard_has_the_names_users_know_and_the_trust_regions(trained):
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert tags >= KNOWN_TAGS | TRUST_REGION_TAGS
+    (config,) = events.Tensors("config/text_summary")
+    assert "max_kl: 0.02" in config.tensor_proto.string_val[0].decode()
     steps = [event.step for event in events.Scalars("train/policy_objective")]
     assert steps == [128, 256]  # total_steps 300 holds two batches; a third would exceed it
 

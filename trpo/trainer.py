@@ -18,6 +18,7 @@ from trpo.batch import Rollout
 from trpo.checkpoint import CheckpointStore
 from trpo.collector import Collector
 from trpo.config import Config
+from trpo.config_file import dump_config
 from trpo.device import resolve_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
@@ -159,6 +160,8 @@ class Trainer:
                 console=console,
                 resume_step=self.env_steps if resume else None,
             )
+            if changed or not resume:
+                self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
         if resume and self.group.leads and self.updates < self.config.updates:
             self.run.set_final_aside()
         if changed and self.group.leads:

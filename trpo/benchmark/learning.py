@@ -153,14 +153,12 @@ def _train_and_score(job: Job, episodes: int) -> str | None:
     ours = job.agent == "trpo"
     settings = job.root / ("config.yaml" if ours else "settings.json")
     settings.write_text(job.settings)
-    log = job.log
-    scores = job.root / "scores.json"  # of another implementation, which scores its policy itself
-    function, arguments = ("train_one", [job.root]) if ours else ("train_peer", [scores, episodes])
+    log, scores = job.log, job.root / "scores.json"
+    function = "train_one" if ours else "train_peer"
     code = f"import sys; from trpo.benchmark.learning import {function}; {function}(*sys.argv[1:])"
-    started = time.monotonic()
     with log.open("a") as stream:
         status = subprocess.run(
-            [sys.executable, "-c", code, str(settings), *map(str, arguments)],
+            [sys.executable, "-c", code, str(settings), str(scores), str(episodes)],
             stdout=stream,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -169,25 +167,23 @@ def _train_and_score(job: Job, episodes: int) -> str | None:
     if status != 0:
         said = log.read_text(errors="replace").strip().splitlines()
         return f"exit status {status}, see {log}" + (f", which ends: {said[-1]}" if said else "")
-    if ours:
-        run_path = find_run(job.root, job.config)
-        assert run_path is not None, "a finished run has a checkpoint"
-        _write_result(job, _score(job, run_path, episodes, time.monotonic() - started))
-    else:
-        _write_result(job, json.loads(scores.read_text()))
+    _write_result(job, json.loads(scores.read_text()))
     return None
 
 
-def train_one(config_file: str, root: str) -> None:
-    """Trains one config to its end, going on with a run that was cut; the body of each benchmark process."""
+def train_one(config_file: str, scores: str, episodes: str) -> None:
+    """Trains one config to its end, going on with a run that was cut, and scores it: a process of the benchmark."""
     from trpo.trainer import Trainer
 
-    config = load_config(config_file)
-    Trainer(config, root=root, resume=find_run(Path(root), config)).train()
+    started = time.perf_counter()
+    config, root = load_config(config_file), Path(config_file).parent
+    run = Trainer(config, root=root, resume=find_run(root, config)).train()
+    result = _score(config, run.directory, int(episodes), wall_s=time.perf_counter() - started)
+    Path(scores).write_text(json.dumps(result))
 
 
 def train_peer(settings_file: str, scores: str, episodes: str) -> None:
-    """Trains and scores another implementation; the body of its benchmark process."""
+    """Trains and scores another implementation: a process of the benchmark, too."""
     result = peer_learning.learn(json.loads(Path(settings_file).read_text()), int(episodes), seed=EVALUATION_SEED)
     Path(scores).write_text(json.dumps(result))
 
@@ -195,13 +191,18 @@ def train_peer(settings_file: str, scores: str, episodes: str) -> None:
 PHASES = ("rollout", "advantages", "policy_update", "value_fit", "statistics")  # of training, evaluations left out
 
 
-def _score(job: Job, run_path: Path, episodes: int, wall_s: float) -> dict[str, Any]:
+def _score(config: Config, run_path: Path, episodes: int, *, wall_s: float) -> dict[str, Any]:
     saved = load_policy(run_path / "final")
-    scores = evaluate(
-        saved.policy, job.config.env, saved.action_space, episodes=episodes, seed=EVALUATION_SEED, deterministic=True
-    )
-    stochastic = evaluate(
-        saved.policy, job.config.env, saved.action_space, episodes=episodes, seed=EVALUATION_SEED, deterministic=False
+    scores, stochastic = (
+        evaluate(
+            saved.policy,
+            config.env,
+            saved.action_space,
+            episodes=episodes,
+            seed=EVALUATION_SEED,
+            deterministic=deterministic,
+        )
+        for deterministic in (True, False)
     )
     meta = json.loads((run_path / "meta.json").read_text())
     del meta["command"]  # of this benchmark's own process, with this machine's paths: nobody could call it
