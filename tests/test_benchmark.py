@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) 
         store("ours", seed, [50.0, 70.0], [0, 0, 0, 0])
     store("theirs", 0, [30.0], [1, 2, 30, 30])
     store("theirs", 1, [50.0], [3, 4, 50, 50])
-    with pytest.raises(UserError, match=r"no rate of training on Tiny-v0.*speed --parts recipes"):
+    with pytest.raises(UserError, match=r"no rates of training.*speed --parts recipes"):
         compare()
     # 400 steps at 40 a second are 10 s, in which they come to 250: the evaluation at 200 is their last by then.
     rows = {
@@ -143,6 +144,14 @@ def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) 
         *("Tiny-v0", "60.0 ± 0.0", "3", "10 s"),
         *("40.0 ± 10.0", "2", "16 s", "3.0 ± 1.0", "1.6"),
     ]
+    for agent in ("ours", "theirs"):  # a task whose speed was not measured
+        shutil.copytree(tmp_path / agent / "tiny", tmp_path / agent / "unmeasured")
+        for file in (tmp_path / agent / "unmeasured").iterdir():
+            file.write_text(file.read_text().replace("Tiny-v0", "Unmeasured-v0"))
+    assert compare().splitlines()[-2] == row
+    assert compare().splitlines()[-1] == ("| Unmeasured-v0 | 60.0 ± 0.0 | 3 | – | 40.0 ± 10.0 | 2 | – | – | – |")
+    shutil.rmtree(tmp_path / "theirs" / "unmeasured")
+    shutil.rmtree(tmp_path / "ours" / "unmeasured")
     (tmp_path / "theirs" / "tiny").rename(tmp_path / "theirs" / "other")
     with pytest.raises(UserError, match="no task in common"):
         compare()

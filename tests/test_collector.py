@@ -11,7 +11,7 @@ from gymnasium import spaces
 from helpers import F64, OBS_DIM, make_policy, randn, seeded
 from torch import Tensor
 
-from trpo.collector import Collector
+from trpo.collector import Collector, Episodes
 from trpo.colored_noise import ColoredNoise
 from trpo.envs.contract import Step
 from trpo.policy import Policy
@@ -163,19 +163,31 @@ def test_episodes_are_counted_across_rollouts_as_by_hand(reset_rows: bool) -> No
     assert successes == [1.0, 0.0] * (len(successes) // 2) + [1.0] * (len(successes) % 2) and len(successes) > 3
 
 
-def test_first_episodes_that_were_cut_to_stagger_them_do_not_count() -> None:
-    """In environments 0 and 1, which begin with the odd episode that `CounterEnvs` truncates; 2 begins with another."""
-    env = CounterEnvs(3)
-    begun = torch.tensor([[0, 1, 0], [1, 1, 0], [2, 0, 0]], dtype=F64)
-    source, restored = (collector(env, length=2, staggered=True) for env in (env, CounterEnvs(3)))
-    source.obs = env.load_state_dict({"state": begun, "pending": torch.zeros(3, dtype=torch.bool)})
-    source.collect()
+def test_first_episodes_are_left_out_where_starts_are_staggered() -> None:
+    """Environment 0 ends episodes at its steps 3 and 8, 1 at 5 and 8, 2 at 3 and 8; 1 reports success and failure."""
+    source, restored, anew = (collector(CounterEnvs(3), length=4, staggered=True) for _ in range(3))
+    assert source.collect()[1] == Episodes([], [], [])
     restored.load_state_dict(source.state_dict())
+    anew.env.exact_resume = False  # what runs after resuming are first episodes again
+    anew.load_state_dict(source.state_dict())
     for goes_on in (source, restored):
-        ended = [goes_on.collect()[1] for _ in range(3)]
-        # In steps: environment 0 cut after 5, then 3; 1 cut after 3, then 5; 2 after 3, then 5.
-        assert [sorted(episodes.lengths) for episodes in ended] == [[3], [], [3, 5, 5]]
-        assert [episodes.successes for episodes in ended] == [[], [], [1.0]]  # the cut one of 1 had reported a failure
+        episodes = goes_on.collect()[1]
+        assert (episodes.lengths, episodes.successes) == ([5, 3, 5], [0.0])
+    assert anew.collect()[1].lengths == [3]
+
+
+def test_what_follows_a_lost_episode_is_a_first_one_again() -> None:
+    class Losing(CounterEnvs):
+        """Its first episode ends at step 3, with its worker."""
+
+        def step(self, action: Tensor) -> Step:
+            step = super().step(action)
+            step.valid.logical_and_(torch.tensor(len(self.actions) != 3))
+            return step
+
+    source = collector(Losing(1), length=4, staggered=True)
+    # Then it would end at 8, left out, and at 11.
+    assert [source.collect()[1].lengths for _ in range(3)] == [[], [], [3]]
 
 
 def test_a_reset_row_is_marked_and_no_transition() -> None:

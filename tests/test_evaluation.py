@@ -186,6 +186,8 @@ def test_an_episode_without_end_is_cut():
     policy, env, space = policy_for("EvaluationTask-v0", fault="endless")
     result = evaluate(policy, env, space, episodes=2, seed=0, max_episode_steps=40)
     assert result.lengths == [40, 40] and str(result).endswith("2 episodes, 2 of them cut after 40 steps")
+    many = evaluate(policy, env, space, episodes=SIDE_BY_SIDE + 2, seed=0, max_episode_steps=3)
+    assert many.cut == SIDE_BY_SIDE + 2
     limited = WrapperConfig(name="gymnasium.wrappers:TimeLimit", kwargs={"max_episode_steps": 60})
     result = evaluate(
         policy, env.model_copy(update={"wrappers": (limited,)}), space, episodes=2, seed=0, max_episode_steps=40
@@ -332,6 +334,7 @@ def test_command_prints_nothing_but_one_json_object(cartpole, tmp_path):
         "mean_length": result.mean_length,
         "returns": result.returns,
         "lengths": result.lengths,
+        "cut": 0,
     }
     assert video.stat().st_size > 0
 

@@ -26,8 +26,17 @@ from torch import Tensor
 
 from trpo.batch import Batch
 from trpo.distributions import Categorical
-from trpo.natural_gradient import CGStatus, Outcome, Rejection, StepReport, fisher_product, trust_region_step
+from trpo.natural_gradient import (
+    CGStatus,
+    KroneckerPreconditioner,
+    Outcome,
+    Rejection,
+    StepReport,
+    fisher_product,
+    trust_region_step,
+)
 from trpo.natural_gradient.explicit import fisher_matrix, metric_distance, natural_gradient
+from trpo.natural_gradient.kronecker import HasFactors
 from trpo.networks import ACTIVATIONS
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import Policy
@@ -213,6 +222,23 @@ def test_the_subsample_thins_the_fisher_matrix_only() -> None:
     direction = natural_gradient(dense_fisher(policy, batch.obs[rows]), dense_gradient(policy, batch), damping=0.1)
     assert relative_error(moved / moved.norm(), direction / direction.norm()) <= 1e-7
     assert relative_error(moved / moved.norm(), full / full.norm()) > 1e-3
+
+
+def test_the_preconditioner_of_a_subsample_has_the_scores_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Watched(KroneckerPreconditioner):
+        def __init__(self, linearization: HasFactors, scores: Tensor, **options: object) -> None:
+            given.append(scores)
+            super().__init__(linearization, scores, **options)
+
+    monkeypatch.setattr("trpo.natural_gradient.step.KroneckerPreconditioner", Watched)
+    policy = make_policy()
+    batch = make_batch(policy, size=200)
+    scores = policy.distribution.score(policy(batch.obs), batch.action)
+    chosen = settings(fisher_subsample=0.2, preconditioner="kronecker")
+    trust_region_step(policy, batch, max_kl=1e-4, settings=chosen, generator=seeded(5))
+    assert torch.equal(given[0], scores[torch.randperm(200, generator=seeded(5))[:40]])
 
 
 def test_the_subsample_follows_its_generator() -> None:

@@ -15,6 +15,7 @@ import pytest
 from matplotlib.axes import Axes
 from scipy import stats
 
+from trpo import plotting
 from trpo.errors import UserError
 from trpo.metrics import MetricsWriter
 from trpo.plotting import (
@@ -143,6 +144,23 @@ def test_runs_of_one_name_with_different_settings_are_no_seeds_of_one_another(tm
         "other",
     ]
     assert [curve.name for curve in told_apart(curves[:2])] == ["trpo", "trpo"]
+
+
+def test_runs_with_different_settings_are_drawn_apart_and_leave_the_axes_their_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "defaults")
+    config = make_run(tmp_path / "others", seed=1) / "config.yaml"
+    others = "gae: {gamma: 0.9, lambda: 0.95}\nnormalize: {observations: false, rewards: false}\n"
+    config.write_text(config.read_text() + others + "policy: {hidden_sizes: [32, 32], noise_exponent: 0.0}\n")
+    drawn = []
+    monkeypatch.setattr(plotting, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    plot_runs([tmp_path], tmp_path / "curves.png")
+    (axes,) = drawn[0].axes
+    labels = legend_texts(axes)
+    assert len(labels) == 2 and all("1 seed" in label for label in labels)
+    assert max(len(line) for label in labels for line in label.splitlines()) <= plotting.LABEL_WIDTH
+    assert axes.get_position().width > 0.6 and axes.get_position().height > 0.4  # of the figure
 
 
 # Reading runs

@@ -13,6 +13,7 @@ import torch
 from commands import config_for
 
 from trpo.colored_noise import ColoredNoise
+from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import UserError
 from trpo.trainer import Trainer
 
@@ -87,6 +88,22 @@ def test_episodes_that_were_cut_to_stagger_them_are_no_returns(tmp_path: Path) -
     assert set(source.recent.lengths) == {200}
 
 
+def test_episodes_of_environments_made_by_hand_all_count(tmp_path: Path) -> None:
+    given = VectorEnvAdapter(gymnasium.make_vec("Pendulum-v1", 2), seed=0)
+    config = config_for("Pendulum-v1", env={"id": "Pendulum-v1", "num_envs": 2}, total_steps=2048, batch_size=512)
+    with closing(Trainer(config, root=tmp_path, console=False, env=given)) as source:
+        source._iteration()
+        assert list(source.recent.lengths) == [200, 200]  # of 256 steps
+
+
+def test_an_evaluation_of_what_has_no_end_is_cut_where_the_settings_say(tmp_path: Path) -> None:
+    settings = {"id": "CartPole-v1", "kwargs": {"max_episode_steps": -1}}  # Gymnasium's way to ask for no time limit
+    config = config_for("CartPole-v1", env=settings, evaluation={"max_episode_steps": 3})
+    with closing(Trainer(config, root=tmp_path, console=False)) as source:
+        result = source._evaluate(2)
+    assert result is not None and (result.lengths, result.cut) == ([3, 3], 2)
+
+
 def test_each_evaluation_is_recorded_where_asked_for(tmp_path: Path) -> None:
     config = config_for(
         "CartPole-v1",
@@ -98,6 +115,14 @@ def test_each_evaluation_is_recorded_where_asked_for(tmp_path: Path) -> None:
     videos = sorted((result.directory / "videos").iterdir())
     assert [path.name for path in videos] == ["step-000000064.mp4", "step-000000128.mp4"]
     assert all(path.stat().st_size > 0 for path in videos)
+
+
+def test_a_video_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None:
+    config = config_for("CartPole-v1", evaluation={"video": True})
+    with closing(Trainer(config, root=tmp_path, console=False)) as source:
+        source.run.videos.write_text("in the way")
+        assert source._evaluate(2) is not None
+        assert "warning: this evaluation has no video: " in (source.run.path / "log.txt").read_text()
 
 
 def test_what_cannot_be_recorded_is_said_before_anything_is_trained(tmp_path: Path) -> None:

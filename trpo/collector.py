@@ -19,7 +19,7 @@ from trpo.policy import Policy
 
 @dataclass(frozen=True, slots=True)
 class Episodes:
-    """Episodes that ended during a rollout, in order of their end; not those that were cut to stagger them."""
+    """Episodes that ended during a rollout, in order of their end; without first ones where starts are staggered."""
 
     returns: list[float]  # sums of unscaled rewards
     lengths: list[int]  # environment steps
@@ -41,7 +41,8 @@ class Collector:
         noise_exponent: β of the spectrum 1/f^β that the noise has over the T steps.
         shard: which of `total_envs` environments are this process's. The noise of all of them is drawn, so that the
             numbers do not depend on how environments are spread over processes.
-        staggered: the environments cut their first episodes (`envs/stagger.py`), whose returns say nothing, then.
+        staggered: the environments cut first episodes (`envs/stagger.py`), whose returns are left out then: of those
+            that ended by themselves, too, since what falls early would be all there is to see.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Collector:
         self._running_return = torch.zeros(env.num_envs, dtype=torch.float64)
         self._running_length = torch.zeros(env.num_envs, dtype=torch.int64)
         self.staggered = staggered
-        self._may_be_cut = torch.full((env.num_envs,), staggered)  # the running episodes
+        self._left_out = torch.full((env.num_envs,), staggered)  # the running episodes
 
     def collect(self) -> tuple[Rollout, Episodes]:
         """One rollout of T steps, and the episodes that ended in it.
@@ -121,20 +122,20 @@ class Collector:
         success = self._success.cpu()
         returns, lengths, successes = [], [], []
         start_return, start_length = (-self._running_return).tolist(), (-self._running_length).tolist()
-        may_be_cut = self._may_be_cut.tolist()
+        left_out = self._left_out.tolist()
         t, n = done.nonzero(as_tuple=True)
         # Plain numbers from here on: a rollout of many environments ends thousands of episodes.
-        at_end = (x[t, n].tolist() for x in (total, steps, rollout.truncated.cpu(), valid, success))
-        for i, total_i, steps_i, truncated_i, valid_i, success_i in zip(n.tolist(), *at_end, strict=True):
-            # Nobody knows how an episode would have ended that was lost with its worker, or cut.
-            if valid_i and not (may_be_cut[i] and truncated_i):
+        at_end = (x[t, n].tolist() for x in (total, steps, valid, success))
+        for i, total_i, steps_i, valid_i, success_i in zip(n.tolist(), *at_end, strict=True):
+            # Not valid: the episode was cut by a lost worker, and nobody knows how it would have ended.
+            if valid_i and not left_out[i]:
                 returns.append(total_i - start_return[i])
                 lengths.append(steps_i - start_length[i])
                 if not math.isnan(success_i):
                     successes.append(success_i)
             start_return[i], start_length[i] = total_i, steps_i
-            may_be_cut[i] = self.staggered and not valid_i  # what follows a loss is cut like a first episode
-        self._may_be_cut = torch.tensor(may_be_cut)
+            left_out[i] = self.staggered and not valid_i  # what follows a loss is cut like a first episode
+        self._left_out = torch.tensor(left_out)
         self._running_return = total[-1] - torch.tensor(start_return, dtype=torch.float64)
         self._running_length = steps[-1] - torch.tensor(start_length)
         return Episodes(returns, lengths, successes)
@@ -145,7 +146,7 @@ class Collector:
             "env": self.env.state_dict(),
             "running_return": self._running_return,
             "running_length": self._running_length,
-            "may_be_cut": self._may_be_cut,
+            "left_out": self._left_out,
             "generator": self.generator.get_state(),
         }
 
@@ -154,7 +155,8 @@ class Collector:
         going_on = self.env.exact_resume  # else the environments began new episodes, of which nothing has happened yet
         self._running_return = state["running_return"] * going_on
         self._running_length = state["running_length"] * going_on
-        self._may_be_cut = state["may_be_cut"] if going_on else torch.full_like(self._may_be_cut, self.staggered)
+        none = torch.zeros_like(self._left_out)  # checkpoints of earlier versions do not say
+        self._left_out = state.get("left_out", none) if going_on else torch.full_like(self._left_out, self.staggered)
         self.generator.set_state(state["generator"])
 
 

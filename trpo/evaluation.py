@@ -108,7 +108,7 @@ def evaluate(
 
     Raises:
         EnvError: the environment cannot be built, is not the policy's, or fails.
-        UserError: no video can be made.
+        VideoError: no video can be made.
     """
     if episodes < 1:
         raise ValueError(f"episodes has to be at least 1, not {episodes}")
@@ -262,6 +262,10 @@ def _check_spaces(policy: Policy, env: gymnasium.Env[Any, Any], action_space: sp
         )
 
 
+class VideoError(UserError):
+    """No video can be made here, or not of this environment."""
+
+
 class VideoWriter:
     """Writes the frames of one environment to an mp4 file, at the environment's own frame rate.
 
@@ -276,7 +280,7 @@ class VideoWriter:
         if self.path is None:
             return self
         if self.path.suffix != ".mp4":
-            raise UserError(f"{self.path}: a video file has to end in .mp4")
+            raise VideoError(f"{self.path}: a video file has to end in .mp4")
         self._partial = self.path.with_name(f".{self.path.stem}.partial-{os.getpid()}.mp4")
         import imageio.v2 as imageio
 
@@ -285,7 +289,7 @@ class VideoWriter:
             fps = self.env.metadata.get("render_fps", 30)
             self._writer = imageio.get_writer(self._partial, format="FFMPEG", fps=fps, macro_block_size=2)
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise VideoError(f"cannot write {self.path}: {error.strerror or error}") from error
         return self
 
     def capture(self) -> None:
@@ -296,7 +300,7 @@ class VideoWriter:
         try:
             self._writer.append_data(frame)
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {str(error).splitlines()[0]}") from error
+            raise VideoError(f"cannot write {self.path}: {str(error).splitlines()[0]}") from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -311,7 +315,7 @@ class VideoWriter:
 
 
 def check_recordable(env_config: EnvConfig) -> None:
-    """Raises `UserError` unless an environment can be recorded here; tried with a first frame.
+    """Raises `VideoError` unless an environment can be recorded here; tried with a first frame.
 
     Call before other environments are made: chooses off-screen rendering where there is no screen.
     """
@@ -320,11 +324,11 @@ def check_recordable(env_config: EnvConfig) -> None:
         for package in ("imageio.v2", "imageio_ffmpeg"):
             importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"videos need a package that is missing ({error}): pip install 'trpo[video]'") from error
+        raise VideoError(f"videos need a package that is missing ({error}): pip install 'trpo[video]'") from error
     # Without a `render_mode` first: constructors that know none raise errors of their own.
     with closing(make_single_env(env_config)) as env:
         if "rgb_array" not in (env.metadata.get("render_modes") or ()):
-            raise UserError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
+            raise VideoError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
     with closing(make_single_env(env_config, render_mode="rgb_array")) as env:
         _Episode(env, seed=0, max_steps=1).reset()
         _frame(env)
@@ -336,13 +340,13 @@ def _frame(env: gymnasium.Env[Any, Any]) -> np.ndarray[Any, Any]:
             warnings.filterwarnings("ignore", module="glfw")  # says line by line what the error below says in one
             frame: Any = env.render()
     except Exception as error:  # rendering back ends raise errors of many kinds
-        raise UserError(
+        raise VideoError(
             f"the environment cannot be rendered here ({type(error).__name__}: {error}); on a machine without a "
             "screen MuJoCo needs an off-screen library: apt-get install libegl1, or libosmesa6 with "
             "MUJOCO_GL=osmesa"
         ) from error
     if not isinstance(frame, np.ndarray):
-        raise UserError(f"the environment rendered a {type(frame).__name__}, not an array; it cannot be recorded")
+        raise VideoError(f"the environment rendered a {type(frame).__name__}, not an array; it cannot be recorded")
     return frame
 
 

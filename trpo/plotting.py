@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ INCIDENTAL = {
 }
 
 GRID_POINTS = 200
+LABEL_WIDTH, LABEL_CHARACTERS = 60, 200
 MIN_SEEDS_FOR_BOOTSTRAP = 3  # of two values there are three resamples: no interval worth the name
 
 logger = logging.getLogger(__name__)
@@ -234,15 +236,17 @@ def _draw_panel(axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) 
         colour = f"C{index}"
         band = aggregate(members)
         if band is None:
-            label = f"{name}: 1 seed" if len(members) == 1 else f"{name}: {len(members)} seeds without common steps"
+            said = "1 seed" if len(members) == 1 else f"{len(members)} seeds without common steps"
         else:
-            label = f"{name}: mean of {len(members)} seeds, {band.interval}"
+            said = f"mean of {len(members)} seeds, {band.interval}"
             axes.fill_between(band.env_steps, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
             axes.plot(band.env_steps, band.mean, color=colour, linewidth=2.0, zorder=3)
         width, alpha = (2.0, 1.0) if len(members) == 1 else (0.7, 0.45)
         for curve in members:
             marker = "o" if curve.values.size == 1 else ""
             axes.plot(curve.env_steps, curve.values, color=colour, linewidth=width, alpha=alpha, marker=marker)
+        # Many settings would leave the axes no room.
+        label = textwrap.fill(f"{textwrap.shorten(name, LABEL_CHARACTERS, placeholder=' …')}: {said}", LABEL_WIDTH)
         axes.plot([], [], color=colour, linewidth=2.0, label=label)
     axes.set_title(env_id, fontsize=14)
     axes.set_xlabel("environment steps", fontsize=12)

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
-from trpo.errors import CheckpointError, TrainingError, UserError
-from trpo.evaluation import Evaluation, check_recordable, evaluate
+from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
+from trpo.evaluation import Evaluation, VideoError, check_recordable, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
 from trpo.natural_gradient import StepReport
@@ -295,17 +296,23 @@ class Trainer:
             return None
         started = time.perf_counter()
         settings = self.config.evaluation
+        run = partial(
+            evaluate,
+            self.agent.policy,
+            self.config.env,
+            self.action_space,
+            episodes=episodes,
+            seed=stream_seed(self.config.seed, "evaluation"),
+            max_episode_steps=settings.max_episode_steps,
+        )
+        video = self.run.videos / f"step-{self.env_steps:09d}.mp4" if settings.video else None
         try:
-            result = evaluate(
-                self.agent.policy,
-                self.config.env,
-                self.action_space,
-                episodes=episodes,
-                seed=stream_seed(self.config.seed, "evaluation"),
-                max_episode_steps=settings.max_episode_steps,
-                video=self.run.videos / f"step-{self.env_steps:09d}.mp4" if settings.video else None,
-            )
-        except UserError:
+            try:
+                result = run(video=video)
+            except VideoError as error:
+                self._say(f"warning: this evaluation has no video: {error}")
+                result = run()
+        except EnvError:
             if self.group.size == 1:  # others would not come to a checkpoint of all
                 self._save_checkpoint()
             raise

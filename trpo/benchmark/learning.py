@@ -201,6 +201,7 @@ def _score(config: Config, run_path: Path, episodes: int, *, wall_s: float) -> d
             episodes=episodes,
             seed=EVALUATION_SEED,
             deterministic=deterministic,
+            max_episode_steps=config.evaluation.max_episode_steps,
         )
         for deterministic in (True, False)
     )

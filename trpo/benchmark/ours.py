@@ -69,11 +69,12 @@ class Ours:
         make_config = _defaults if recipe else _config
         with _trainer(make_config(task, environments, threads=setup.get("threads", self._threads))) as trainer:
             trainer._iteration()
-            count = iterations(steps)
-            took = seconds(lambda: repeat(trainer._iteration, count))
+            before = trainer.env_steps  # counted there: envpool's resets are rows of a batch, but no steps
+            took = seconds(lambda: repeat(trainer._iteration, iterations(steps)))
+            rate = (trainer.env_steps - before) / took
             assert trainer.env is not None
             stepping = {"random_steps_per_s": _random_rate(trainer.env, steps)} if random else {}
-        return {"steps_per_s": count * BATCH / took, **stepping}
+        return {"steps_per_s": rate, **stepping}
 
     def rollout(self, *, envs: int, steps: int) -> Numbers:
         """Rollouts of one number of environments, without updates, against random stepping of the same ones."""
@@ -216,11 +217,13 @@ def _random_rate(env: BatchEnv, steps: int) -> float:
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
     count = -(-steps // env.num_envs)
     actions = low + (high - low) * torch.rand(count, env.num_envs, *space.shape)
+    valid = torch.empty(count, env.num_envs, dtype=torch.bool, device=env.device)
     env.reset()
 
     def act(some: torch.Tensor) -> None:
-        for action in some:
-            env.step(action)
+        for action, row in zip(some, valid, strict=False):
+            row.copy_(env.step(action).valid)
 
     act(actions[: 1 + count // 10])  # warms up
-    return count * env.num_envs / seconds(lambda: act(actions))
+    took = seconds(lambda: act(actions))
+    return int(valid.sum()) / took

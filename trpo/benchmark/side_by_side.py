@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from trpo.benchmark.learning import load_results
 from trpo.benchmark.speed import OURS
-from trpo.benchmark.speed_report import best, median, median_ratio
+from trpo.benchmark.speed_report import Rows, best, median, median_ratio, number
 from trpo.errors import UserError
 
 OUR_ROW = f"{OURS}, envpool × 16, 1 worker"
@@ -24,11 +25,13 @@ OUR_ROW = f"{OURS}, envpool × 16, 1 worker"
 def side_by_side(ours: Path, theirs: Path, *, agent: str, speed: Path) -> str:
     """The table of all tasks that both directories of results hold, as Markdown.
 
-    The other agent's return after our time is that of its last evaluation until then, a few episodes; the returns at
-    the same steps are of its last policy.
+    Args:
+        ours, theirs: directories of learning results.
+        agent: whose the others are.
+        speed: `speed.json`; a task whose speed is not in it has dashes for what takes time.
 
     Raises:
-        UserError: no task in common, or one whose speed was not measured.
+        UserError: no task in common, or no speed of any.
     """
     both = [load_results(path) for path in (ours, theirs)]
     tasks = [task for task in both[0] if task in both[1]]
@@ -39,36 +42,50 @@ def side_by_side(ours: Path, theirs: Path, *, agent: str, speed: Path) -> str:
         f"| {agent} after our time | Time, theirs / ours |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for task in tasks:
+    tables = json.loads(speed.read_text())["tables"] if speed.is_file() else {}
+    rates = [_Rates.of(tables.get(f"recipe {both[0][task][0]['environment']}", {}), agent) for task in tasks]
+    if all(math.isnan(rate.ratio) for rate in rates):
+        raise UserError(
+            f"{speed} has no rates of training, ours with envpool and {agent}'s: with both installed, python "
+            "scripts/benchmark.py speed --parts recipes --out runs/speed, then --speed runs/speed/speed.json"
+        )
+    for task, rate in zip(tasks, rates, strict=True):
         mine, other = (results[task] for results in both)
-        environment = mine[0]["environment"]
-        rates, ratio = _rates(speed, environment, agent)
-        seconds = [runs[0]["env_steps"] / rate for runs, rate in zip((mine, other), rates, strict=True)]
-        early = [_return_at(run, seconds[0] * rates[1]) for run in other]
+        environment, env_steps = mine[0]["environment"], mine[0]["env_steps"]
+        early = [_return_at(run, rate.theirs * env_steps / rate.ours) for run in other]
         lines.append(
-            f"| {environment} | {_scores(mine)} | {len(mine)} | {seconds[0]:.0f} s | {_scores(other)} "
-            f"| {len(other)} | {seconds[1]:.0f} s | {_mean_and_std(early)} | {ratio:.1f} |"
+            f"| {environment} | {_scores(mine)} | {len(mine)} | {_seconds(env_steps / rate.ours)} | {_scores(other)} "
+            f"| {len(other)} | {_seconds(other[0]['env_steps'] / rate.theirs)} | {_mean_and_std(early)} "
+            f"| {number(rate.ratio, 1)} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _rates(speed: Path, environment: str, agent: str) -> tuple[list[float], float]:
-    """Steps per second of ours and theirs, and the ratio of the two within rounds."""
-    rows = json.loads(speed.read_text())["tables"].get(f"recipe {environment}", {}) if speed.is_file() else {}
-    ours, theirs = rows.get(OUR_ROW), rows.get(best(rows, agent) or "")
-    rates = [median(rounds, "steps_per_s") for rounds in (ours, theirs)]
-    if any(map(math.isnan, rates)):
-        raise UserError(
-            f"{speed} has no rate of training on {environment}, ours with envpool and {agent}'s: with both installed, "
-            "python scripts/benchmark.py speed --parts recipes"
-        )
-    return rates, median_ratio(ours, theirs, "steps_per_s")
+@dataclass(frozen=True)
+class _Rates:
+    """Steps per second of training with each one's own recipe, medians; NaN where nothing was measured."""
+
+    ours: float
+    theirs: float
+    ratio: float  # within rounds
+
+    @classmethod
+    def of(cls, rows: Rows, agent: str) -> _Rates:
+        ours, theirs = rows.get(OUR_ROW), rows.get(best(rows, agent) or "")
+        key = "steps_per_s"
+        return cls(median(ours, key), median(theirs, key), median_ratio(ours, theirs, key))
 
 
 def _return_at(run: dict[str, Any], env_steps: float) -> float:
-    """Of a run's last evaluation until then, or its first if there is none."""
+    """Of a run's last evaluation until then, a few episodes, or its first if there is none; NaN for NaN."""
+    if math.isnan(env_steps):
+        return math.nan
     within = int(np.searchsorted(run["evaluations"]["env_steps"], env_steps, side="right"))
     return float(run["evaluations"]["mean"][max(within - 1, 0)])
+
+
+def _seconds(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.0f} s"
 
 
 def _scores(runs: list[dict[str, Any]]) -> str:
@@ -76,4 +93,4 @@ def _scores(runs: list[dict[str, Any]]) -> str:
 
 
 def _mean_and_std(scores: list[float]) -> str:
-    return f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
+    return "–" if np.isnan(scores).any() else f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"

@@ -171,7 +171,7 @@ def _plan(name: str, tasks: Sequence[str], parts: Sequence[str], extent: Extent,
         for task in tasks:
             add_training("train", task, SETUPS[name], **({"random": True} if name == OURS else {}))
     if "recipes" in parts:
-        for task in RECIPE_TASKS:
+        for task in dict.fromkeys((*RECIPE_TASKS, *tasks)):
             add_training("recipe", task, RECIPES.get(name, {}), recipe=True)
     if "scaling" in parts and name == OURS:
         for width in extent.widths:

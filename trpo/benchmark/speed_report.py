@@ -155,13 +155,13 @@ def report(result: dict[str, Any]) -> str:
         sections.append(_scaling_table(scaling))
     if rollout := tables.get("rollout"):
         cells = [
-            (row, *(_number(median(r, key)) for key in SHARE), _number(median_ratio(r, r, *SHARE), 2))
+            (row, *(number(median(r, key)) for key in SHARE), number(median_ratio(r, r, *SHARE), 2))
             for row, r in rollout.items()
         ]
         title = "Rollouts without updates, Hopper-v5 on Gymnasium's backend"
         sections.append(_table(title, ("Environments", "Steps/s", "Random stepping", "Share"), cells))
     if memory := tables.get("memory"):
-        cells = [(row, _number(median(rounds, "peak_mib"))) for row, rounds in memory.items()]
+        cells = [(row, number(median(rounds, "peak_mib"))) for row, rounds in memory.items()]
         title = "Largest resident set of a process that only trained, 16 environments in it"
         sections.append(_table(title, ("Contender", "MiB"), cells))
     if result["errors"]:
@@ -174,8 +174,8 @@ def _update_table(rows: Rows) -> str:
         (
             row,
             *(_milliseconds(median(rounds, key)) for key in ("whole_s", "policy_s", "value_s")),
-            _number(median_ratio(rounds, rows.get(OURS), "whole_s"), 2),
-            _number(median_ratio(rounds, rows.get(OURS), "policy_s"), 2),
+            number(median_ratio(rounds, rows.get(OURS), "whole_s"), 2),
+            number(median_ratio(rounds, rows.get(OURS), "policy_s"), 2),
             "yes" if median(rounds, "accepted") == 1 else "no",
         )
         for row, rounds in rows.items()
@@ -188,7 +188,7 @@ def _variants_table(rounds: Rounds | None) -> str:
     keys = {"15 plain": ("policy_s", "gain"), "50 plain": ("plain 50_s", "plain 50_gain")}
     keys["5 preconditioned"] = ("preconditioned 5_s", "preconditioned 5_gain")
     cells = [
-        (name, _milliseconds(median(rounds, took)), _number(median_ratio(rounds, rounds, gain, "plain 50_gain"), 3))
+        (name, _milliseconds(median(rounds, took)), number(median_ratio(rounds, rounds, gain, "plain 50_gain"), 3))
         for name, (took, gain) in keys.items()
     ]
     header = ("CG iterations", "Policy part, ms", "Predicted improvement at the KL bound, of that of 50")
@@ -200,10 +200,10 @@ def _training_table(title: str, rows: Rows) -> str:
     cells = [
         (
             row,
-            _number(median(rounds, "steps_per_s")),
-            _number(median_ratio(rounds, ours, "steps_per_s"), 2),
-            _number(median(rounds, "random_steps_per_s")),
-            _number(median_ratio(rounds, rounds, *SHARE), 2),
+            number(median(rounds, "steps_per_s")),
+            number(median_ratio(rounds, ours, "steps_per_s"), 2),
+            number(median(rounds, "random_steps_per_s")),
+            number(median_ratio(rounds, rounds, *SHARE), 2),
         )
         for row, rounds in by_contender(rows).items()
     ]
@@ -216,8 +216,8 @@ def _scaling_table(rows: Rows) -> str:
         (
             row,
             *(_milliseconds(median(rounds, key)) for key in ("policy_s", "value_s", "floor_s")),
-            _number(median_ratio(rounds, rounds, "policy_s", "floor_s"), 2),
-            _number(median(rounds, "flops_per_s") / 1e9, 1),
+            number(median_ratio(rounds, rounds, "policy_s", "floor_s"), 2),
+            number(median(rounds, "flops_per_s") / 1e9, 1),
         )
         for row, rounds in rows.items()
     ]
@@ -231,12 +231,12 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float, digits: int = 0) -> str:
+def number(value: float, digits: int = 0) -> str:
     return "–" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def _milliseconds(value: float) -> str:
-    return _number(1000 * value, 1)
+    return number(1000 * value, 1)
 
 
 def draw(tables: dict[str, Rows], output: Path) -> None:

@@ -5,8 +5,9 @@ the expectations apart gives A ⊗ S with A = E[h̃h̃ᵀ] and S = E[δδᵀ] (M
 of its own this is K-FAC; as a preconditioner P ≈ F + λI it only has to be near: CG still solves the exact system, with
 far fewer products.
 
-The scores are those of the batch's actions. The policy drew them itself, so that the covariance of their scores is the
-metric M by the definition of the Fisher information, and one backward pass gives all S.
+The scores are those of the batch's actions. The policy drew them itself (nearly so, where its noise has a memory), so
+that the covariance of their scores is the metric M by the definition of the Fisher information, and one backward pass
+gives all S.
 """
 
 from __future__ import annotations
