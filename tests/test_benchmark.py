@@ -129,6 +129,10 @@ def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) 
         store("ours", seed, [50.0, 70.0], [0, 0, 0, 0])
     store("theirs", 0, [30.0], [1, 2, 30, 30])
     store("theirs", 1, [50.0], [3, 4, 50, 50])
+    (tmp_path / "speed.json").write_text("[]")
+    with pytest.raises(UserError, match=r"is not what benchmark\.py speed writes"):
+        compare()
+    (tmp_path / "speed.json").unlink()
     with pytest.raises(UserError, match=r"no rates of training.*speed --parts recipes"):
         compare()
     # 400 steps at 40 a second are 10 s, in which they come to 250: the evaluation at 200 is their last by then.

@@ -295,23 +295,8 @@ class Trainer:
         if self.writer is None:
             return None
         started = time.perf_counter()
-        settings = self.config.evaluation
-        run = partial(
-            evaluate,
-            self.agent.policy,
-            self.config.env,
-            self.action_space,
-            episodes=episodes,
-            seed=stream_seed(self.config.seed, "evaluation"),
-            max_episode_steps=settings.max_episode_steps,
-        )
-        video = self.run.videos / f"step-{self.env_steps:09d}.mp4" if settings.video else None
         try:
-            try:
-                result = run(video=video)
-            except VideoError as error:
-                self._say(f"warning: this evaluation has no video: {error}")
-                result = run()
+            result = self._run_episodes(episodes)
         except EnvError:
             if self.group.size == 1:  # others would not come to a checkpoint of all
                 self._save_checkpoint()
@@ -325,6 +310,24 @@ class Trainer:
             except CheckpointError as error:
                 self._say(f"warning: the best policy so far was not saved: {error}")
         return result
+
+    def _run_episodes(self, episodes: int) -> Evaluation:
+        """Of the policy as it is; a video that cannot be made costs nothing but itself."""
+        settings = self.config.evaluation
+        run = partial(
+            evaluate,
+            self.agent.policy,
+            self.config.env,
+            self.action_space,
+            episodes=episodes,
+            seed=stream_seed(self.config.seed, "evaluation"),
+            max_episode_steps=settings.max_episode_steps,
+        )
+        try:
+            return run(video=self.run.videos / f"step-{self.env_steps:09d}.mp4" if settings.video else None)
+        except VideoError as error:
+            self._say(f"warning: this evaluation has no video: {error}")
+            return run()
 
     def _finish(self, stopped_by: signal.Signals | None) -> RunResult:
         self._save_checkpoint()

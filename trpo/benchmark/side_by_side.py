@@ -31,7 +31,7 @@ def side_by_side(ours: Path, theirs: Path, *, agent: str, speed: Path) -> str:
         speed: `speed.json`; a task whose speed is not in it has dashes for what takes time.
 
     Raises:
-        UserError: no task in common, or no speed of any.
+        UserError: no task in common, no speed of any, or `speed` is another file.
     """
     both = [load_results(path) for path in (ours, theirs)]
     tasks = [task for task in both[0] if task in both[1]]
@@ -42,7 +42,10 @@ def side_by_side(ours: Path, theirs: Path, *, agent: str, speed: Path) -> str:
         f"| {agent} after our time | Time, theirs / ours |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    tables = json.loads(speed.read_text())["tables"] if speed.is_file() else {}
+    try:
+        tables = json.loads(speed.read_text())["tables"] if speed.is_file() else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{speed} is not what benchmark.py speed writes: give its speed.json to --speed") from error
     rates = [_Rates.of(tables.get(f"recipe {both[0][task][0]['environment']}", {}), agent) for task in tasks]
     if all(math.isnan(rate.ratio) for rate in rates):
         raise UserError(

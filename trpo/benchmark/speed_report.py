@@ -26,7 +26,8 @@ no minibatches and takes 10 steps on the whole batch: a sixteenth of the optimis
 run directory, CSV and TensorBoard; of the others no logging. Random stepping draws its actions beforehand. With two
 threads an update of ours fits the value function beside the policy's step; the others' share their matrix products.
 With their own recipes contenders do different work: ours has actions in 11 bins and smaller KL bounds, sb3-contrib the
-settings of rl-zoo, with 25 CG iterations and 20 epochs for the critic. Those rates count in no target.
+settings of rl-zoo, with 25 CG iterations and 20 epochs for the critic. Those rates count in no target. All rates are of
+the first steps of a training, when walkers fall early; steps are transitions, without envpool's resets.
 """
 
 
