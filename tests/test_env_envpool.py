@@ -173,7 +173,7 @@ class TestSettings:
 
 def run_config() -> Config:
     return config_for(
-        env={"id": "CartPole-v1", "num_envs": 2, "backend": "envpool"},
+        env={"id": "CartPole-v1", "num_envs": 2, "backend": "envpool", "stagger": False},
         total_steps=4 * 64,
         batch_size=64,
         device="cpu",

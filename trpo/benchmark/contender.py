@@ -14,10 +14,9 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "envpool", "sb3-contrib", "stable-baselines3", "tianshou", "skrl")
+from trpo.benchmark.work import versions
 
 
 def main() -> None:
@@ -68,18 +67,7 @@ def memory() -> dict[str, float]:
     return {"peak_mib": peak / 2**20 if sys.platform == "darwin" else peak / 1024}
 
 
-def facts() -> dict[str, str]:
-    """Versions of what is installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-GENERAL: dict[str, Callable[[], dict[str, Any]]] = {"facts": facts, "memory": memory}
+GENERAL: dict[str, Callable[[], dict[str, Any]]] = {"versions": versions, "memory": memory}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trpo.benchmark.contender import facts
+from trpo.benchmark.work import versions
 from trpo.config import Config, EnvConfig
 from trpo.errors import UserError
 from trpo.evaluation import evaluate
@@ -67,7 +67,7 @@ def learn(run: dict[str, Any], episodes: int, *, seed: int) -> dict[str, Any]:
     meta = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": run,
-        "versions": facts(),
+        "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

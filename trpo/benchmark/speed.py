@@ -113,7 +113,7 @@ def run_speed(
         tables.setdefault(measurement.table, {}).setdefault(measurement.row, []).append(answer.get("numbers"))
 
     try:
-        versions = children[OURS].call({"call": "facts"}).get("numbers", {})
+        versions = children[OURS].call({"call": "versions"}).get("numbers", {})
         if "envpool" not in versions:
             say("left out, not installed: the envpool backend (pip install 'trpo[envpool]')")
         todo = list(plan_speed(contenders, tasks, parts, extent, envpool="envpool" in versions))

@@ -1,10 +1,12 @@
-"""The work that every contender of the speed benchmark does, and how it is timed."""
+"""The work that every contender of the speed benchmark does, how it is timed, and with which packages."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any, Protocol
 
 UPDATE_TASK = "Hopper-v5"
@@ -18,6 +20,8 @@ CRITIC_EPOCHS = 10
 MINIBATCH = 128
 LEARNING_RATE = 1e-3
 GAMMA, LAMBDA = 0.99, 0.95
+
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "envpool", "sb3-contrib", "stable-baselines3", "tianshou", "skrl")
 
 Numbers = dict[str, float]
 
@@ -33,6 +37,15 @@ class Contender(Protocol):
 
         With `recipe`, where it has one, it does what it is trained with where returns are compared.
         """
+
+
+def versions() -> dict[str, str]:
+    """Of those of `PACKAGES` that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def iterations(steps: int) -> int:
