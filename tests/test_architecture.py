@@ -43,7 +43,7 @@ LAYERS = (
         "strict_yaml",
         "timers",
     },
-    {"envs", "plotting", "policy", "run_directory", "value"},
+    {"envs", "plotting", "policy", "run_directory", "value", "video"},
     {"agent", "collector", "diagnostics", "evaluation", "saved_policy"},
     {"export", "trainer"},
     {"benchmark"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -17,13 +18,13 @@ import torch
 from commands import config_for, one_line, random_policy, run_process, run_script, saved_policy
 from gymnasium.spaces import Box, Discrete
 
-from trpo import evaluation
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError, UserError
-from trpo.evaluation import SIDE_BY_SIDE, Evaluation, evaluate, render_headless
+from trpo.evaluation import SIDE_BY_SIDE, Evaluation, evaluate
 from trpo.policy import Policy
 from trpo.saved_policy import SavedPolicy
+from trpo.video import render_headless
 
 HERE = Path(__file__).resolve().parent
 
@@ -282,8 +283,8 @@ def test_off_screen_rendering_uses_what_is_installed(given, libraries, chosen, m
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: f"lib{name}.so" if name in libraries else None)
     render_headless()
-    assert evaluation.os.environ.get("MUJOCO_GL") == chosen
-    assert ("SDL_VIDEODRIVER" in evaluation.os.environ) == ("DISPLAY" not in given)
+    assert os.environ.get("MUJOCO_GL") == chosen
+    assert ("SDL_VIDEODRIVER" in os.environ) == ("DISPLAY" not in given)
 
 
 # ---------------------------------------------------------------- the command

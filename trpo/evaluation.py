@@ -1,20 +1,13 @@
-"""Policy + environment → episode returns, and videos. Always on Gymnasium's own environments, rewards unscaled."""
+"""Policy + environment → episode returns. Always on Gymnasium's own environments, rewards unscaled."""
 
 from __future__ import annotations
 
-import ctypes.util
-import importlib
 import math
-import os
 import statistics
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -26,8 +19,9 @@ from trpo.config import EnvConfig
 from trpo.envs import make_single_env
 from trpo.envs.single import success_of
 from trpo.envs.spaces import ActionEncoding
-from trpo.errors import EnvError, UserError
+from trpo.errors import EnvError
 from trpo.policy import Policy
+from trpo.video import VideoWriter, check_recordable
 
 SIDE_BY_SIDE = 32  # episodes run together, and rows of every forward pass
 
@@ -260,107 +254,3 @@ def _check_spaces(policy: Policy, env: gymnasium.Env[Any, Any], action_space: sp
             f"the environment's action space {env.action_space} is not the policy's {action_space}; give the "
             "environment it was trained on"
         )
-
-
-class VideoError(UserError):
-    """No video can be made here, or not of this environment."""
-
-
-class VideoWriter:
-    """Writes the frames of one environment to an mp4 file, at the environment's own frame rate.
-
-    The file appears when all of it is written. Without a path, does nothing.
-    """
-
-    def __init__(self, path: Path | None, env: gymnasium.Env[Any, Any]):
-        self.path = path
-        self.env = env
-
-    def __enter__(self) -> Self:
-        if self.path is None:
-            return self
-        if self.path.suffix != ".mp4":
-            raise VideoError(f"{self.path}: a video file has to end in .mp4")
-        self._partial = self.path.with_name(f".{self.path.stem}.partial-{os.getpid()}.mp4")
-        import imageio.v2 as imageio
-
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fps = self.env.metadata.get("render_fps", 30)
-            self._writer = imageio.get_writer(self._partial, format="FFMPEG", fps=fps, macro_block_size=2)
-        except OSError as error:
-            raise VideoError(f"cannot write {self.path}: {error.strerror or error}") from error
-        return self
-
-    def capture(self) -> None:
-        """Renders and appends one frame."""
-        if self.path is None:
-            return
-        frame = _frame(self.env)
-        try:
-            self._writer.append_data(frame)
-        except OSError as error:
-            raise VideoError(f"cannot write {self.path}: {str(error).splitlines()[0]}") from error
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.path is None:
-            return
-        self._writer.close()
-        if error is None:
-            os.replace(self._partial, self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
-
-
-def check_recordable(env_config: EnvConfig) -> None:
-    """Raises `VideoError` unless an environment can be recorded here; tried with a first frame.
-
-    Call before other environments are made: chooses off-screen rendering where there is no screen.
-    """
-    render_headless()
-    try:
-        for package in ("imageio.v2", "imageio_ffmpeg"):
-            importlib.import_module(package)
-    except ImportError as error:
-        raise VideoError(f"videos need a package that is missing ({error}): pip install 'trpo[video]'") from error
-    # Without a `render_mode` first: constructors that know none raise errors of their own.
-    with closing(make_single_env(env_config)) as env:
-        if "rgb_array" not in (env.metadata.get("render_modes") or ()):
-            raise VideoError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
-    with closing(make_single_env(env_config, render_mode="rgb_array")) as env:
-        _Episode(env, seed=0, max_steps=1).reset()
-        _frame(env)
-
-
-def _frame(env: gymnasium.Env[Any, Any]) -> np.ndarray[Any, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="glfw")  # says line by line what the error below says in one
-            frame: Any = env.render()
-    except Exception as error:  # rendering back ends raise errors of many kinds
-        raise VideoError(
-            f"the environment cannot be rendered here ({type(error).__name__}: {error}); on a machine without a "
-            "screen MuJoCo needs an off-screen library: apt-get install libegl1, or libosmesa6 with "
-            "MUJOCO_GL=osmesa"
-        ) from error
-    if not isinstance(frame, np.ndarray):
-        raise VideoError(f"the environment rendered a {type(frame).__name__}, not an array; it cannot be recorded")
-    return frame
-
-
-def render_headless() -> None:
-    """Chooses off-screen rendering where there is no screen. Call before environments are made.
-
-    MuJoCo's import fails if it is told to use a library that is missing, so only what is there is chosen: EGL, which
-    uses a GPU if it can, else OSMesa. What the user has set stays.
-    """
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would be printed amid the output of scripts
-    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        return
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    for library, backend in (("EGL", "egl"), ("OSMesa", "osmesa")):
-        if ctypes.util.find_library(library):
-            os.environ.setdefault("MUJOCO_GL", backend)
-            return

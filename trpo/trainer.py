@@ -26,7 +26,7 @@ from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
-from trpo.evaluation import Evaluation, VideoError, check_recordable, evaluate
+from trpo.evaluation import Evaluation, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
 from trpo.natural_gradient import StepReport
@@ -35,6 +35,7 @@ from trpo.run_directory import RunDirectory, RunLock, config_difference
 from trpo.saved_policy import load_policy, save_policy
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
+from trpo.video import VideoError, check_recordable
 
 IMAGE_SIZE = 64 * 64  # components of an observation that is probably an image, of which these networks know nothing
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
