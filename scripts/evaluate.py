@@ -40,7 +40,9 @@ def _parse() -> argparse.Namespace:
     parser = CommandParser(description="Evaluate a policy: mean, std and median return over whole episodes.")
     parser.add_argument("policy", type=Path, metavar="RUN_OR_POLICY", help="a run's directory, or a saved policy")
     parser.add_argument("--episodes", type=at_least(1), default=20, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the first episode, then N+1, …")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="of the first episode, then N+1 (default: %(default)s)"
+    )
     parser.add_argument("--stochastic", action="store_true", help="sample actions instead of leaving the noise out")
     parser.add_argument("--video", type=Path, metavar="FILE", help="write the first episode to an mp4 file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -12,7 +12,7 @@ from pathlib import Path
 from trpo.config import Config
 from trpo.config_file import load_config
 from trpo.errors import CommandParser, UserError, run_command
-from trpo.run_directory import config_difference, find_run
+from trpo.run_directory import RunDirectory, config_difference, find_run
 from trpo.saved_policy import named_code
 from trpo.trainer import Trainer
 
@@ -75,7 +75,7 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
         if run is None:
             return given, None
     assert run is not None
-    saved = load_config(run / "config.yaml", overrides)
+    saved = load_config(RunDirectory.open(run).config_file, overrides)
     if given is not None and (difference := config_difference(saved, given)):
         raise UserError(
             f"{args.config} differs from the run's own settings ({'; '.join(difference)}); to go on with {run}, name "

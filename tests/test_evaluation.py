@@ -187,6 +187,7 @@ def test_an_episode_without_end_is_cut():
     policy, env, space = policy_for("EvaluationTask-v0", fault="endless")
     result = evaluate(policy, env, space, episodes=2, seed=0, max_episode_steps=40)
     assert result.lengths == [40, 40] and str(result).endswith("2 episodes, 2 of them cut after 40 steps")
+    assert result.metrics()["eval/cut_episodes"] == 2
     many = evaluate(policy, env, space, episodes=SIDE_BY_SIDE + 2, seed=0, max_episode_steps=3)
     assert many.cut == SIDE_BY_SIDE + 2
     limited = WrapperConfig(name="gymnasium.wrappers:TimeLimit", kwargs={"max_episode_steps": 60})
@@ -250,6 +251,7 @@ def test_a_video_does_not_change_the_result(tmp_path):
         ("no_modes", "out.mp4", "EvaluationTask-v0 has no rgb_array among its render modes"),
         (None, "out.gif", "has to end in .mp4"),
         (None, "file/out.mp4", "cannot write"),
+        (None, f"{200 * 'x'}.{50 * 'y'}.mp4", r"cannot write .*: File name too long"),
     ],
 )
 def test_no_video_leaves_no_file(fault, name, problem, tmp_path):

@@ -161,6 +161,7 @@ def test_best_is_the_policy_with_the_highest_mean(trained):
         (("--config", "{tmp}/tiny.yaml", "--set", "env.id=CartPool-v1"), "CartPole-v1"),
         (("--config", "{tmp}/tiny.yaml", "--device", "cuda:99"), "cuda:99"),
         (("--config", "{tmp}/tiny.yaml", "--root", "{tmp}/tiny.yaml"), "cannot make a run"),
+        (("--resume", "{tmp}"), "is not a run: it has no config.yaml"),
         ((), "--config"),
     ],
 )

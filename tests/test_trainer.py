@@ -13,6 +13,7 @@ import torch
 from commands import config_for
 
 from trpo.colored_noise import ColoredNoise
+from trpo.config_file import load_config
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import UserError
 from trpo.trainer import Trainer
@@ -101,6 +102,8 @@ def test_an_evaluation_of_what_has_no_end_is_cut_where_the_settings_say(tmp_path
     config = config_for("CartPole-v1", env=settings, evaluation={"max_episode_steps": 3})
     with closing(Trainer(config, root=tmp_path, console=False)) as source:
         result = source._evaluate(2)
+        said = "2 of 2 episodes were cut after 3 steps, evaluation.max_episode_steps"
+        assert said in (source.run.path / "log.txt").read_text()
     assert result is not None and (result.lengths, result.cut) == ([3, 3], 2)
 
 
@@ -137,6 +140,20 @@ def test_observations_as_large_as_images_are_remarked_upon(tmp_path: Path) -> No
     settings = {"id": "Pendulum-v1", "wrappers": [{"name": "test_trainer:Widened"}]}
     with closing(Trainer(config_for("Pendulum-v1", env=settings), root=tmp_path, console=False)) as source:
         assert "6000 components of an observation" in (source.run.path / "log.txt").read_text()
+
+
+def test_a_finished_run_keeps_the_settings_it_was_trained_with(tmp_path: Path) -> None:
+    config = config_for("CartPole-v1", total_steps=128, batch_size=64, evaluation={"final_episodes": 1})
+    run = Trainer(config, root=tmp_path, console=False).train().directory
+    settings = (run / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"is finished: raise total_steps to go on with gae.gamma: "):
+        Trainer(load_config(run / "config.yaml", ["gae.gamma=0.9"]), resume=run, console=False)
+    with pytest.raises(UserError, match="seed cannot change within a run"):
+        Trainer(load_config(run / "config.yaml", ["seed=3", "total_steps=192"]), resume=run, console=False)
+    assert (run / "config.yaml").read_text() == settings
+    changes = ["gae.gamma=0.9", "total_steps=192"]
+    result = Trainer(load_config(run / "config.yaml", changes), resume=run, console=False).train()
+    assert result.env_steps == 192 and load_config(run / "config.yaml").gae.gamma == 0.9
 
 
 def test_a_given_std_acts_from_its_first_value_to_its_last(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ class Evaluation:
         }
         if self.successes:
             out["eval/success_rate"] = statistics.fmean(self.successes)
+        if self.cut:
+            out["eval/cut_episodes"] = float(self.cut)
         return out
 
     def __str__(self) -> str:

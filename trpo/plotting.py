@@ -93,7 +93,8 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
     curves = _read_curves(find_runs(directories), metric)
     measured = [curve for curve in curves if curve.values.size]
     if not measured:
-        raise UserError(f"nothing to plot: {metric} has no value yet in {curves[0].source}")
+        other = "; --metric eval/mean_reward draws the evaluations" if metric.startswith("rollout/") else ""
+        raise UserError(f"nothing to plot: {metric} has no value in {curves[0].source}{other}")
     figure = draw(longest_per_seed(told_apart(measured)), metric)
     try:
         figure.savefig(output)

@@ -149,6 +149,9 @@ class Trainer:
             if found is None:
                 raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
             changed = self._load_state(found[1], found[0])
+            if changed and self._is_finished():
+                # Nothing would be trained with them, and the record would say that all was.
+                raise UserError(f"{resume} is finished: raise total_steps to go on with {'; '.join(changed)}")
             if self.updates > self.config.updates:
                 raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
         if self.group.leads:
@@ -302,6 +305,9 @@ class Trainer:
             if self.group.size == 1:  # others would not come to a checkpoint of all
                 self._save_checkpoint()
             raise
+        if result.cut:
+            cut = f"{result.cut} of {episodes} episodes were cut after {max(result.lengths)} steps"
+            self._say(f"note: {cut}, evaluation.max_episode_steps: the environment has no time limit")
         self.elapsed_s += time.perf_counter() - started
         self.writer.write_evaluation(result.metrics(), env_steps=self.env_steps)
         if result.mean > self.best_return:
@@ -384,6 +390,8 @@ class Trainer:
             if saved.batch_size != self.config.batch_size:
                 # Schedules and the end of a run are counted in updates.
                 raise UserError("batch_size cannot change within a run; go on without it, or start a new run")
+            if saved.seed != self.config.seed:
+                raise UserError("seed cannot change within a run, whose random streams go on; start a new run")
             if len(state["processes"]) != self.group.size:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
                 raise CheckpointError(f"{path}: {problem}")

@@ -44,6 +44,7 @@ class VideoWriter:
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.touch()  # ffmpeg, a process of its own, would only break off
             fps = self.env.metadata.get("render_fps", 30)
             self._writer = imageio.get_writer(self._partial, format="FFMPEG", fps=fps, macro_block_size=2)
         except OSError as error:
