@@ -35,7 +35,7 @@ from trpo.run_directory import RunDirectory, RunLock, config_difference
 from trpo.saved_policy import load_policy, save_policy
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
-from trpo.video import VideoError, check_recordable
+from trpo.video import VideoError, try_recording
 
 IMAGE_SIZE = 64 * 64  # components of an observation that is probably an image, of which these networks know nothing
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
@@ -106,7 +106,7 @@ class Trainer:
         if shard.start == shard.stop:
             raise UserError(f"env.num_envs {config.env.num_envs} is less than the {self.group.size} processes")
         if config.evaluation.video and self.group.leads:
-            check_recordable(config.env)
+            try_recording(config.env)
         seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
         staggered = config.env.stagger and self.env is None
         if self.env is None:

@@ -74,7 +74,7 @@ class VideoWriter:
 
 
 def check_recordable(env_config: EnvConfig) -> None:
-    """Raises `VideoError` unless an environment can be recorded here; tried with a first frame.
+    """Raises `VideoError` if an environment has no frames to record, or packages are missing.
 
     Call before other environments are made: chooses off-screen rendering where there is no screen.
     """
@@ -88,6 +88,11 @@ def check_recordable(env_config: EnvConfig) -> None:
     with closing(make_single_env(env_config)) as env:
         if "rgb_array" not in (env.metadata.get("render_modes") or ()):
             raise VideoError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
+
+
+def try_recording(env_config: EnvConfig) -> None:
+    """Raises `VideoError` unless an environment can be recorded here: `check_recordable`, and a first frame."""
+    check_recordable(env_config)
     with closing(make_single_env(env_config, render_mode="rgb_array")) as env:
         try:
             env.reset(seed=0)

@@ -48,9 +48,8 @@ SETUPS: dict[str, dict[str, dict[str, Any]]] = {
 RECIPE_TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     OURS: {
-        "envpool × 16, 1 worker": {"backend": "envpool", "num_envs": 16, "workers": 1},
-        "envpool × 16, 2 workers, 2 threads": {"backend": "envpool", "num_envs": 16, "workers": 2, "threads": 2},
-        "gymnasium × 16": {"backend": "gymnasium", "num_envs": 16},
+        name: SETUPS[OURS][name]
+        for name in ("envpool × 16, 1 worker", "envpool × 16, 2 workers, 2 threads", "gymnasium × 16")
     },
     "sb3-contrib": {f"rl-zoo, DummyVecEnv × {peer_learning.ENVS}": {"num_envs": peer_learning.ENVS}},
 }
@@ -158,15 +157,14 @@ def _plan(name: str, tasks: Sequence[str], parts: Sequence[str], extent: Extent,
     def add(table: str, row: str, call: str, **keywords: Any) -> None:
         plan.append(Measurement(name, table, row, {"call": call, **keywords}))
 
-    if "update" in parts:
-        add("update", name, "update", repeats=extent.repeats)
-
     def add_training(table: str, task: str, setups: dict[str, dict[str, Any]], **more: Any) -> None:
         for setup_name, setup in setups.items():
             if envpool or setup.get("backend") != "envpool":
                 row = f"{name}, {setup_name}"
                 add(f"{table} {task}", row, "train", task=task, setup=setup, steps=extent.steps, **more)
 
+    if "update" in parts:
+        add("update", name, "update", repeats=extent.repeats)
     if "train" in parts:
         for task in tasks:
             add_training("train", task, SETUPS[name], **({"random": True} if name == OURS else {}))
