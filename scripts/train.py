@@ -1,4 +1,4 @@
-"""Trains a policy: `python scripts/train.py --config configs/pendulum.yaml`."""
+"""Trains a policy: `python scripts/train.py --config configs/pendulum.yaml`, or with the defaults `--env Hopper-v5`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from trpo.config import Config
-from trpo.config_file import load_config
+from trpo.config_difference import config_difference
+from trpo.config_file import load_config, parse_config
 from trpo.errors import CommandParser, UserError, run_command
-from trpo.run_directory import RunDirectory, config_difference, find_run
+from trpo.run_directory import RunDirectory, find_run
 from trpo.saved_policy import named_code
 from trpo.trainer import Trainer
 
@@ -44,6 +45,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated"
     )
+    parser.add_argument("--env", metavar="ID", help="short for --set env.id=ID; does without --config: all defaults")
     parser.add_argument("--seed", metavar="N", help="short for --set seed=N")
     parser.add_argument("--device", metavar="D", help="short for --set device=D: cpu, cuda or auto")
     parser.add_argument("--name", metavar="X", help="short for --set name=X")
@@ -59,17 +61,21 @@ def _parse() -> argparse.Namespace:
 
 def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
     """The config to train with, and the run to go on in."""
-    text = {"device": args.device, "name": args.name}
+    text = {"env.id": args.env, "device": args.device, "name": args.name}
     overrides = list(args.set)
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
     # Quoted: a name like 3 is text, not a number.
     overrides += [f"{key}={json.dumps(value)}" for key, value in text.items() if value is not None]
-    given = load_config(args.config, overrides) if args.config else None
+    given: Config | None = None
+    if args.config:
+        given = load_config(args.config, overrides)
+    elif args.env and args.resume in (None, "auto"):
+        given = parse_config("{}", source="defaults", overrides=overrides)
     if args.resume and args.resume != "auto":
         run: Path | None = Path(args.resume)
     elif given is None:
-        raise UserError("say what to train: --config FILE, for example configs/pendulum.yaml")
+        raise UserError("say what to train: --config FILE, for example configs/pendulum.yaml, or --env ID")
     else:
         run = find_run(Path(args.root), given) if args.resume else None
         if run is None:
@@ -78,8 +84,8 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
     saved = load_config(RunDirectory.open(run).config_file, overrides)
     if given is not None and (difference := config_difference(saved, given)):
         raise UserError(
-            f"{args.config} differs from the run's own settings ({'; '.join(difference)}); to go on with {run}, name "
-            "it after --resume without --config, and change settings with --set; for a new run leave --resume out"
+            f"{args.config or args.env} differs from the run's own settings ({'; '.join(difference)}); to go on with "
+            f"{run}, name it after --resume alone, and change settings with --set; for a new run leave --resume out"
         )
     return saved, run
 

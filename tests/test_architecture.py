@@ -20,6 +20,7 @@ LAYERS = (
         "checkpoint",
         "colored_noise",
         "config",
+        "config_difference",
         "config_file",
         "console",
         "device",

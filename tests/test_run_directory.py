@@ -1,4 +1,4 @@
-"""Run directories: exclusive creation, what is recorded, the lock, which run is resumed, and what changed."""
+"""Run directories: exclusive creation, what is recorded, the lock, and which run is resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trpo.config import Config
 from trpo.config_file import load_config
 from trpo.device import resolve_device
 from trpo.errors import CheckpointError, ConfigError, UserError
-from trpo.run_directory import RunDirectory, RunDirectoryError, config_difference, find_run
+from trpo.run_directory import RunDirectory, RunDirectoryError, find_run
 
 
 def config(env_id: str = "Pendulum-v1", **settings: Any) -> Config:
@@ -314,43 +314,3 @@ def test_best_is_replaced_whole(tmp_path: Path) -> None:
     for value in (1, 2):
         save_state(run.best, {"return": value}, replace=True)
     assert load_state(run.best) == {"return": 2}
-
-
-# --- what changed ---
-
-
-def test_no_difference() -> None:
-    assert config_difference(config(), config()) == []
-
-
-def test_differences_name_their_key_path() -> None:
-    saved = config(seed=1, natural_gradient={"max_kl": 0.01}, gae={"lambda": 0.95}, policy={"hidden_sizes": [64, 64]})
-    given = config(
-        seed=1,
-        env={"kwargs": {"g": 9.81, "on": True}},
-        natural_gradient={"max_kl": 0.02},
-        gae={"lambda": 0.9},
-        policy={"hidden_sizes": [64]},
-    )
-    assert config_difference(saved, given) == [
-        "env.kwargs.g: (not set) → 9.81",
-        "env.kwargs.on: (not set) → true",
-        "policy.hidden_sizes: [64, 64] → [64]",
-        "gae.lambda: 0.95 → 0.9",
-        "natural_gradient.max_kl: 0.01 → 0.02",
-    ]
-
-
-def test_a_schedule_in_place_of_a_number_is_one_difference() -> None:
-    scheduled = config(natural_gradient={"max_kl": {"start": 0.02, "end": 0.01}})
-    constant = config(natural_gradient={"max_kl": 0.01})
-    assert config_difference(constant, scheduled) == [
-        'natural_gradient.max_kl: 0.01 → {"start": 0.02, "end": 0.01, "shape": "linear"}'
-    ]
-    other = config(natural_gradient={"max_kl": {"start": 0.02, "end": 0.001}})
-    assert config_difference(scheduled, other) == ["natural_gradient.max_kl.end: 0.01 → 0.001"]
-
-
-def test_true_and_one_differ() -> None:
-    line = "env.kwargs.a: 1 → true"
-    assert config_difference(config(env={"kwargs": {"a": 1}}), config(env={"kwargs": {"a": True}})) == [line]

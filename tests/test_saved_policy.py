@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,9 +184,13 @@ def test_what_is_no_policy_is_said_in_one_line(tmp_path):
         (tmp_path / run).mkdir()
         (tmp_path / run / "config.yaml").touch()
     save_state(tmp_path / "run" / "checkpoints" / "step-000000001", {})
+    for time, run in enumerate(("run", "crashed")):
+        os.utime(tmp_path / run, (time, time))
     save_state(tmp_path / "checkpoint", {"policy": {}, "value": {}})
     for name, problem in {
         "missing": "no such file",
+        "crash": "no such file.*did you mean .*crashed",
+        ".": "holds no policy.*did you mean .*crashed",
         "empty": "holds no policy",
         "run": "no policy yet.*--resume",
         "crashed": "no policy yet; start a new one",

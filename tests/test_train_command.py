@@ -13,7 +13,7 @@ from commands import Outcome, one_line, run_process, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trpo.checkpoint import checkpoint_paths
-from trpo.config_file import load_config
+from trpo.config_file import load_config, parse_config
 from trpo.errors import run_command
 from trpo.evaluation import evaluate
 from trpo.random_streams import stream_seed
@@ -163,6 +163,8 @@ def test_best_is_the_policy_with_the_highest_mean(trained):
         (("--config", "{tmp}/tiny.yaml", "--root", "{tmp}/tiny.yaml"), "cannot make a run"),
         (("--resume", "{tmp}"), "is not a run: it has no config.yaml"),
         ((), "--config"),
+        (("--env", "CartPool-v1"), "CartPole-v1"),
+        (("--env", "CartPole-v1", "--set", "total_steps=100"), "batch_size"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, problem, tmp_path, capsys, monkeypatch):
@@ -191,6 +193,29 @@ def test_an_environment_in_the_working_directory_is_found(tmp_path, capsys, monk
     assert last.endswith("--trust-code")
     outcome = run_script(*last.split("scripts/")[1].split(), capture=capsys, patch=monkeypatch)
     assert outcome.status == 0, outcome.err
+
+
+def test_an_environment_by_its_id_has_the_defaults(tmp_path, capsys, monkeypatch):
+    changes = ["total_steps=128", "batch_size=64", "device=cpu"]
+    short = [word for change in changes for word in ("--set", change)]
+    given = ("--env", "CartPole-v1", *short, "--root", tmp_path)
+    outcome = run_script("train.py", *given, capture=capsys, patch=monkeypatch)
+    assert outcome.status == 0, outcome.err
+    (run,) = (tmp_path / "CartPole-v1").iterdir()
+    assert load_config(run / "config.yaml") == parse_config("env: {id: CartPole-v1}", overrides=changes)
+    outcome = run_script("train.py", *given, "--resume", "auto", capture=capsys, patch=monkeypatch)
+    assert outcome.status == 0 and "finished already" in outcome.out
+    other = run_script(
+        "train.py", "--env", "CartPole-v1", "--root", tmp_path, "--resume", "auto", capture=capsys, patch=monkeypatch
+    )
+    assert other.status == 2 and one_line(other.err).startswith(
+        "error: CartPole-v1 differs from the run's own settings"
+    )
+    both = run_script(
+        "train.py", "--config", run / "config.yaml", "--env", "Acrobot-v1", "--root", tmp_path, capture=capsys,
+        patch=monkeypatch,
+    )  # fmt: skip
+    assert both.status == 0 and (tmp_path / "Acrobot-v1").is_dir()
 
 
 def test_an_interrupted_command_says_so_in_one_line(capsys, monkeypatch):

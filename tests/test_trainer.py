@@ -12,10 +12,12 @@ import pytest
 import torch
 from commands import config_for
 
+from trpo.agent import UpdateReport
 from trpo.colored_noise import ColoredNoise
 from trpo.config_file import load_config
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import UserError
+from trpo.natural_gradient import Outcome
 from trpo.trainer import Trainer
 
 
@@ -134,6 +136,32 @@ def test_what_cannot_be_recorded_is_said_before_anything_is_trained(tmp_path: Pa
     with pytest.raises(UserError, match="no rgb_array among its render modes"):
         Trainer(config, root=tmp_path, console=False)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_caller_sees_every_update_and_may_stop_the_run(tmp_path: Path) -> None:
+    config = config_for("Pendulum-v1", total_steps=4 * 64, batch_size=64, device="cpu", evaluation={"every_steps": 64})
+    seen = []
+
+    def watch(source: Trainer, report: UpdateReport) -> bool:
+        assert source.run.best.is_dir()  # evaluated already
+        seen.append((source.updates, report.transitions, report.step.outcome))
+        return source.updates == 2
+
+    result = Trainer(config, root=tmp_path, console=False, on_update=watch).train()
+    assert seen == [(1, 64, Outcome.ACCEPTED), (2, 64, Outcome.ACCEPTED)]
+    assert result.env_steps == 128 and result.evaluation is None and result.exit_status == 0
+    assert "stopped by its caller at 128 steps" in (result.directory / "log.txt").read_text()
+    rest = Trainer(
+        config, resume=result.directory, console=False, on_update=lambda source, _: seen.append(source)
+    ).train()
+    assert rest.env_steps == 256 and rest.evaluation is not None and len(seen) == 4
+
+
+def test_settings_without_effect_are_remarked_upon(tmp_path: Path) -> None:
+    config = config_for("Pendulum-v1", value={"gauss_newton": {"iterations": 5}})
+    with closing(Trainer(config, root=tmp_path, console=False)) as source:
+        said = (source.run.path / "log.txt").read_text()
+        assert 'note: no effect: value.gauss_newton.iterations, while value.fit is "adam"' in said
 
 
 def test_observations_as_large_as_images_are_remarked_upon(tmp_path: Path) -> None:

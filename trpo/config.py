@@ -79,7 +79,7 @@ class EnvConfig(Settings):
     backend: Literal["auto", "gymnasium", "gymnasium-async", "envpool", "torch"] = Field(
         "auto",
         description="`gymnasium`: in this process; `gymnasium-async`: in worker processes; `envpool`: in threads, by "
-        "that package; `torch`: Pendulum-v1 and CartPole-v1 on `device`; `auto` chooses.",
+        "that package; `torch`: Pendulum-v1 and CartPole-v1 on `device`; `auto`: `gymnasium`.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of `gymnasium.make`.")
     wrappers: Annotated[tuple[WrapperConfig, ...], Field(strict=False)] = Field(

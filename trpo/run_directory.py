@@ -27,7 +27,6 @@ from trpo.device import resolve_device
 from trpo.errors import CheckpointError, UserError
 
 _PACKAGES = ("trpo", "torch", "numpy", "gymnasium", "mujoco")
-_ABSENT = object()
 _held_locks: set[int] = set()  # file descriptors
 
 
@@ -207,28 +206,6 @@ def find_run(root: Path, config: Config) -> Path | None:
         if load_config(RunDirectory.open(path).config_file).env.id == config.env.id:
             return path
     return None
-
-
-def config_difference(saved: Config, given: Config) -> list[str]:
-    """One line for each setting that differs, as `natural_gradient.max_kl: 0.01 → 0.02`, in the order of the config."""
-    return _difference(saved.model_dump(by_alias=True), given.model_dump(by_alias=True), "")
-
-
-def _difference(saved: Any, given: Any, key: str) -> list[str]:
-    if isinstance(saved, dict) and isinstance(given, dict):
-        prefix = f"{key}." if key else ""
-        return [
-            line
-            for name in {**saved, **given}
-            for line in _difference(saved.get(name, _ABSENT), given.get(name, _ABSENT), f"{prefix}{name}")
-        ]
-    if saved == given and type(saved) is type(given):
-        return []
-    return [f"{key}: {_shown(saved)} → {_shown(given)}"]
-
-
-def _shown(value: Any) -> str:
-    return "(not set)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _file_name(env_id: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import CheckpointError, EnvError
 from trpo.policy import Policy, build_policy
+from trpo.settings_schema import did_you_mean
 
 KIND = "trpo policy"
 
@@ -181,7 +183,9 @@ def decode_space(data: dict[str, Any]) -> spaces.Space[Any]:
 def _policy_directory(path: Path) -> Path:
     """`path` itself if it is a policy, else the one to take of the run at `path`."""
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory; give a run directory or a saved policy")
+        beside = [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = did_you_mean(get_close_matches(str(path), beside, n=1))
+        raise CheckpointError(f"{path}: no such file or directory; give a run directory or a saved policy{near}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a run directory or a saved policy, which is a directory too")
     if (path / MANIFEST_FILE).exists():
@@ -196,7 +200,9 @@ def _policy_directory(path: Path) -> Path:
             else "start a new one"
         )
         raise CheckpointError(f"the run {path} has saved no policy yet; {how}")
-    raise CheckpointError(f"{path} holds no policy; give a run directory or a saved policy")
+    runs = [run for run in path.iterdir() if (run / "config.yaml").exists()]
+    near = did_you_mean(str(run) for run in sorted(runs, key=lambda run: run.stat().st_mtime)[-1:])
+    raise CheckpointError(f"{path} holds no policy; give a run directory or a saved policy{near}")
 
 
 def _restore(state: dict[str, Any], directory: Path, device: torch.device) -> SavedPolicy:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 from trpo import native
-from trpo.agent import Agent, fits_beside
+from trpo.agent import Agent, UpdateReport, fits_beside
 from trpo.batch import Rollout
 from trpo.checkpoint import CheckpointStore
 from trpo.collector import Collector
 from trpo.config import Config
+from trpo.config_difference import config_difference, without_effect
 from trpo.config_file import dump_config
 from trpo.device import resolve_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
@@ -31,7 +33,7 @@ from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
 from trpo.natural_gradient import StepReport
 from trpo.random_streams import stream_seed, torch_generator
-from trpo.run_directory import RunDirectory, RunLock, config_difference
+from trpo.run_directory import RunDirectory, RunLock
 from trpo.saved_policy import load_policy, save_policy
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
@@ -65,6 +67,8 @@ class Trainer:
         console: show progress.
         env: environments made by hand, as many as this process's share, in place of those `config.env` describes;
             the evaluations are still of `config.env`.
+        on_update: called with this trainer and the report of each update, after its metrics, evaluation and checkpoint;
+            what is true stops the run as a signal would. What it changes in the trainer is not in a checkpoint.
     """
 
     def __init__(
@@ -75,8 +79,10 @@ class Trainer:
         resume: str | Path | None = None,
         console: bool = True,
         env: BatchEnv | None = None,
+        on_update: Callable[[Trainer, UpdateReport], object] | None = None,
     ):
         self.config = config
+        self.on_update = on_update
         self.device = resolve_device(config.device)
         self.env_steps = 0
         self.updates = 0
@@ -172,6 +178,8 @@ class Trainer:
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
+        for idle in without_effect(self.config):
+            self._say(f"note: no effect: {idle}")
         if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
             self._say("note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler")
         inputs = self.agent.policy.normalizer.moments.mean.shape[0]
@@ -204,9 +212,10 @@ class Trainer:
             with caught_signals() as received:
                 stop = False
                 while self.updates < last and not stop:
-                    self._iteration()
+                    report = self._iteration()
+                    told = self.on_update is not None and bool(self.on_update(self, report))
                     # All processes have to leave the loop together, whoever was told to stop.
-                    stop = bool(self.group.all_sum(torch.tensor(float(bool(received)))))
+                    stop = bool(self.group.all_sum(torch.tensor(float(told or bool(received)))))
                 return self._finish(received[0] if received else None)
         except Exception as error:
             if self.writer is not None:
@@ -224,7 +233,7 @@ class Trainer:
         except CheckpointError:
             return False
 
-    def _iteration(self) -> None:
+    def _iteration(self) -> UpdateReport:
         started = time.perf_counter()
         timers = PhaseTimers()
         self.agent.set_std(self.progress)
@@ -259,6 +268,7 @@ class Trainer:
             self.writer.write(metrics, env_steps=self.env_steps)
         if self.updates < self.config.updates:  # `_finish` does both for the last one
             self._periodic(previous_steps)
+        return report
 
     @property
     def progress(self) -> float:
@@ -344,7 +354,7 @@ class Trainer:
             if evaluation is not None:
                 self._save_policy(self.run.final, evaluation)
         else:
-            why = stopped_by.name if stopped_by else "the update limit"
+            why = stopped_by.name if stopped_by else "its caller"
             self._say(f"stopped by {why} at {self.env_steps} steps; go on with --resume {self.run.path}")
         return RunResult(self.run.path, self.env_steps, evaluation, stopped_by)
 

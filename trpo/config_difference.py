@@ -1,0 +1,72 @@
+"""What differs between two configs, and what of one differs from the defaults to no effect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from trpo.config import Config, EnvConfig
+from trpo.strict_yaml import show
+
+_ABSENT = object()
+
+# Settings, or sections of them, that count only where another setting has one of these values.
+_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    ("env.workers", "env.backend", ("gymnasium-async", "envpool")),
+    ("env.timeout_s", "env.backend", ("gymnasium-async",)),
+    ("env.on_worker_failure", "env.backend", ("gymnasium-async",)),
+    ("env.max_restarts", "env.on_worker_failure", ("restart",)),
+    ("value.adam", "value.fit", ("adam",)),
+    ("value.gauss_newton", "value.fit", ("gauss_newton",)),
+    ("normalize.clip_observations", "normalize.observations", (True,)),
+    ("normalize.clip_rewards", "normalize.rewards", (True,)),
+    ("natural_gradient.line_search", "natural_gradient.line_search.enabled", (True,)),
+)
+
+
+def config_difference(saved: Config, given: Config) -> list[str]:
+    """One line for each setting that differs, as `natural_gradient.max_kl: 0.01 → 0.02`, in the order of the config."""
+    return [f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in _differences(_plain(saved), _plain(given))]
+
+
+def without_effect(config: Config) -> list[str]:
+    """One line for each setting that departs from its default and changes nothing, with what would have to be else.
+
+    As `value.adam.epochs, while value.fit is gauss_newton`, in the order of the config.
+    """
+    defaults = Config(env=EnvConfig(id=config.env.id))
+    settings = _plain(config)
+    lines = []
+    for key, _, _ in _differences(_plain(defaults), settings):
+        for idle, other, values in _ONLY_WITH:
+            below = key == idle or key.startswith(f"{idle}.")
+            if below and key != other and (value := _at(settings, other)) not in values:
+                lines.append(f"{key}, while {other} is {show(value)}")
+                break
+    return lines
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return config.model_dump(by_alias=True)
+
+
+def _at(settings: dict[str, Any], key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _differences(saved: Any, given: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key path, value there and value here of all that differs."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        prefix = f"{key}." if key else ""
+        for name in {**saved, **given}:
+            yield from _differences(saved.get(name, _ABSENT), given.get(name, _ABSENT), f"{prefix}{name}")
+    elif saved != given or type(saved) is not type(given):
+        yield key, saved, given
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
