@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import distributions as td
 from trpo.batch import Batch
 from trpo.config import NaturalGradientConfig
 from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, Ordinal
+from trpo.natural_gradient.explicit import eta_function
 from trpo.networks import MLP
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, GivenStdHead, Policy
@@ -106,20 +106,6 @@ def make_batch(policy: Policy, size: int = 40, *, seed: int = 1) -> Batch:
     with torch.no_grad():
         action = policy.distribution.sample(policy(obs), noise)
     return Batch(obs, action, randn(size, seed=seed + 2, dtype=dtype))
-
-
-def eta_function(policy: Policy, obs: Tensor) -> Callable[[Tensor], Tensor]:
-    """θ [P] ↦ η [B, K], by substitution of parameters by name; independent of the policy's own flat vector."""
-    shapes = {name: p.shape for name, p in policy.named_parameters()}
-
-    def eta_of(theta: Tensor) -> Tensor:
-        values, start = {}, 0
-        for name, shape in shapes.items():
-            values[name] = theta[start : start + shape.numel()].reshape(shape)
-            start += shape.numel()
-        return torch.func.functional_call(policy, values, (obs,))
-
-    return eta_of
 
 
 def torch_components(distribution: Distribution, eta: Tensor) -> list[td.Distribution]:

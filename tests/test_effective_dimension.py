@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers import OBS_DIM, eta_function, make_policy, randn, seeded, torch_kl
+from helpers import OBS_DIM, make_policy, randn, seeded, torch_kl
 
 from trpo.batch import Batch
 from trpo.natural_gradient import effective_dimension
-from trpo.natural_gradient.explicit import fisher_matrix
+from trpo.natural_gradient.explicit import eta_function, fisher_matrix
 
 BATCH = 30
 

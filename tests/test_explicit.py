@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import F64, OBS_DIM, POLICIES, eta_function, make_policy, randn, spd_matrix
+from helpers import F64, OBS_DIM, POLICIES, make_policy, randn, spd_matrix
 from torch import distributions as td
 
 from trpo.natural_gradient.explicit import (
+    eta_function,
     fisher_matrix,
     gaussian_kl,
     kl_from,

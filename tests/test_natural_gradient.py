@@ -12,7 +12,6 @@ from helpers import (
     F64,
     OBS_DIM,
     POLICIES,
-    eta_function,
     make_batch,
     make_policy,
     randn,
@@ -35,7 +34,7 @@ from trpo.natural_gradient import (
     fisher_product,
     trust_region_step,
 )
-from trpo.natural_gradient.explicit import fisher_matrix, metric_distance, natural_gradient
+from trpo.natural_gradient.explicit import eta_function, fisher_matrix, metric_distance, natural_gradient
 from trpo.natural_gradient.kronecker import HasFactors
 from trpo.networks import ACTIVATIONS
 from trpo.normalizer import ObservationNormalizer

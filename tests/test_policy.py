@@ -14,7 +14,6 @@ from helpers import (
     F64,
     OBS_DIM,
     POLICIES,
-    eta_function,
     make_batch,
     make_mlp,
     make_policy,
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from trpo.config import Config
 from trpo.distributions import DiagonalGaussian
+from trpo.natural_gradient.explicit import eta_function
 from trpo.networks import MLP
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, GivenStdHead, build_normalizer, build_policy

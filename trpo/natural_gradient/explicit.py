@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def metric_distance(delta: Tensor, metric: Tensor) -> Tensor:
@@ -25,6 +25,20 @@ def metric_distance(delta: Tensor, metric: Tensor) -> Tensor:
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
     """KL(N(μ_p, σ_p²) ‖ N(μ_q, σ_q²)) = Σ log(σ_q/σ_p) + (σ_p² + (μ_p − μ_q)²) / (2σ_q²) − ½, last dimension."""
     return (torch.log(std_q / std_p) + (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2) - 0.5).sum(-1)
+
+
+def eta_function(network: nn.Module, obs: Tensor) -> Callable[[Tensor], Tensor]:
+    """θ [P] ↦ η [B, K] of a network on observations [B, D]; θ holds its parameters one after the other."""
+    shapes = {name: p.shape for name, p in network.named_parameters()}
+
+    def eta_of(theta: Tensor) -> Tensor:
+        values, start = {}, 0
+        for name, shape in shapes.items():
+            values[name] = theta[start : start + shape.numel()].reshape(shape)
+            start += shape.numel()
+        return torch.func.functional_call(network, values, (obs,))
+
+    return eta_of
 
 
 def kl_from(eta_of: Callable[[Tensor], Tensor], kl: Callable[[Tensor, Tensor], Tensor], theta: Tensor) -> Callable:

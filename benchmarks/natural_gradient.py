@@ -1,0 +1,260 @@
+"""The natural gradient in four pictures, drawn with the code that trains.
+
+    python benchmarks/natural_gradient.py [--out benchmarks]
+
+Writes natural_gradient.json, the numbers that docs/natural-gradient.md quotes, and natural_gradient.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trpo import Trainer, load_config
+from trpo.distributions import DiagonalGaussian
+from trpo.natural_gradient import conjugate_gradient, fisher_product
+from trpo.natural_gradient.explicit import (
+    eta_function,
+    fisher_matrix,
+    gaussian_kl,
+    kl_from,
+    metric_distance,
+    natural_gradient,
+    steepest_direction,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HERE = Path(__file__).parent
+F64 = torch.float64
+
+# --- one shift of the mean, two policies -----------------------------------------------------------------------------
+
+SHIFT, STDS = 1.0, (0.3, 3.0)
+
+
+def shifts() -> list[dict[str, float]]:
+    """KL(N(0, σ²) ‖ N(1, σ²)) for a narrow and a wide policy."""
+    zero, one = torch.zeros(1, dtype=F64), torch.full((1,), SHIFT, dtype=F64)
+    widths = [torch.full((1,), std, dtype=F64) for std in STDS]
+    return [{"std": float(std), "kl": float(gaussian_kl(zero, std, one, std))} for std in widths]
+
+
+# --- steps of equal KL, in two ways to write the same policy ---------------------------------------------------------
+
+GOAL = 3.0  # reward of an action a: −½ (a − 3)²
+KL = 0.02  # of each step
+STEPS = 60
+GAUSSIAN = DiagonalGaussian(1)
+# θ ↦ η = (μ, log σ): the second writes the mean in other units.
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "θ = (μ, log σ)": lambda theta: theta,
+    "θ = (μ/5, log σ)": lambda theta: theta * torch.tensor([5.0, 1.0], dtype=F64),
+}
+
+
+def expected_reward(eta: Tensor) -> Tensor:
+    """E[−½ (a − 3)²] of a Gaussian with η = (μ, log σ) [..., 2]."""
+    return -0.5 * ((eta[..., 0] - GOAL) ** 2 + (2 * eta[..., 1]).exp())
+
+
+def path(written: Callable[[Tensor], Tensor], *, natural: bool) -> list[list[float]]:
+    """(μ, σ) after each of `STEPS` steps from (0, 1), every one of quadratic KL `KL`, along F⁻¹g or g."""
+    theta, found = torch.zeros(2, dtype=F64), []
+    for _ in range(STEPS + 1):
+        mean, log_std = written(theta).tolist()
+        found.append([mean, math.exp(log_std)])
+        leaf = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(expected_reward(written(leaf)), leaf)
+        fisher = fisher_matrix(lambda t: written(t).unsqueeze(0), GAUSSIAN.kl, theta)
+        direction = natural_gradient(fisher, gradient) if natural else gradient
+        theta = theta + math.sqrt(2 * KL / float(metric_distance(direction, fisher))) * direction
+    return found
+
+
+def paths() -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, written in WRITTEN.items():
+        for natural in (True, False):
+            points = path(written, natural=natural)
+            mean, std = points[-1]
+            reward = float(expected_reward(torch.tensor([mean, math.log(std)], dtype=F64)))
+            found[f"{'F⁻¹g' if natural else 'g'}, {name}"] = {"points": points, "last_reward": reward}
+    return found
+
+
+def kl_circle(mean: float, std: float) -> Tensor:
+    """(μ, σ) [K, 2] of the policies at quadratic distance `KL` from one."""
+    eta = torch.tensor([mean, math.log(std)], dtype=F64)
+    fisher = fisher_matrix(lambda t: t.unsqueeze(0), GAUSSIAN.kl, eta)
+    angles = torch.linspace(0, 2 * math.pi, 60, dtype=F64)
+    # The farthest point along every "gradient" of the circle is the boundary of the ball of F.
+    ball = [
+        eta + steepest_direction(fisher, torch.stack([angle.cos(), angle.sin()]), radius=math.sqrt(2 * KL))
+        for angle in angles
+    ]
+    points = torch.stack(ball)
+    return torch.stack([points[:, 0], points[:, 1].exp()], -1)
+
+
+# --- a real policy: how near CG comes, and how long the quadratic model holds ----------------------------------------
+
+ITERATIONS = 15
+DAMPINGS = (0.01, 0.1, 1.0)
+BOUND = 0.01
+SCALES = [i / 20 for i in range(61)]
+
+
+def real_policy() -> dict[str, Any]:
+    """A batch of CartPole in the middle of training, its Fisher matrix by definition, and CG beside it."""
+    settings = ["dtype=float64", "device=cpu", "policy.hidden_sizes=[8]", "evaluation.every_steps=0"]
+    config = load_config(HERE.parent / "configs" / "cartpole.yaml", settings)
+    with tempfile.TemporaryDirectory() as root:
+        trained = Trainer(config, root=root, console=False).train(max_updates=10)
+        trainer = Trainer(config, root=root, resume=trained.directory, console=False)
+        agent, policy = trainer.agent, trainer.agent.policy
+        batch, _, _ = agent.prepare(trainer.collector.collect()[0], progress=trainer.progress)
+        trainer.close()
+    dist, theta = policy.distribution, policy.theta.vector.clone()
+    eta_of = eta_function(policy, batch.obs)
+    fisher = fisher_matrix(eta_of, dist.kl, theta)
+    with torch.no_grad():
+        old = dist.log_prob(eta_of(theta), batch.action)
+
+    def surrogate(t: Tensor) -> Tensor:
+        return ((dist.log_prob(eta_of(t), batch.action) - old).exp() * batch.advantage).mean()
+
+    leaf = theta.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(surrogate(leaf), leaf)
+    product = fisher_product(policy.linearize(batch.obs), dist, count=len(batch.obs))
+    by_definition, fast = fisher @ gradient, product(gradient)
+
+    def improvement(x: Tensor) -> float:
+        """First-order improvement at KL `BOUND`, were the KL quadratic."""
+        return math.sqrt(2 * BOUND) * float(gradient @ x / metric_distance(x, fisher).sqrt())
+
+    cg: dict[str, list[float]] = {}
+    for damping in DAMPINGS:
+        exact = improvement(natural_gradient(fisher, gradient, damping=damping))
+        cg[str(damping)] = [
+            improvement(
+                conjugate_gradient(
+                    lambda v, damping=damping: product(v) + damping * v, gradient, max_iterations=k, tolerance=0.0
+                ).x
+            )
+            / exact
+            for k in range(1, ITERATIONS + 1)
+        ]
+    step = steepest_direction(
+        fisher + DAMPINGS[1] * torch.eye(len(theta), dtype=F64), gradient, radius=math.sqrt(2 * BOUND)
+    )
+    step *= math.sqrt(2 * BOUND / float(metric_distance(step, fisher)))  # damping made it shorter
+    kl, start = kl_from(eta_of, dist.kl, theta), float(surrogate(theta))
+    with torch.no_grad():
+        along = {
+            "scale": SCALES,
+            "kl": [float(kl(theta + a * step)) for a in SCALES],
+            "quadratic_kl": [a * a * BOUND for a in SCALES],
+            "gain": [float(surrogate(theta + a * step)) - start for a in SCALES],
+            "linear_gain": [a * float(gradient @ step) for a in SCALES],
+        }
+    eigenvalues = torch.linalg.eigvalsh(fisher)
+    return {
+        "parameters": len(theta),
+        "samples": len(batch.obs),
+        "product_error": float((fast - by_definition).norm() / by_definition.norm()),
+        "largest_eigenvalue": float(eigenvalues[-1]),
+        "eigenvalues_above_a_hundredth_of_it": int((eigenvalues > eigenvalues[-1] / 100).sum()),
+        "of_the_exact_improvement": cg,
+        "along_the_step": along,
+    }
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(numbers: dict[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 9), dpi=110, layout="constrained")
+    (one, two), (three, four) = figure.subplots(2, 2)
+    _draw_shifts(one, numbers["shifts"])
+    _draw_paths(two, numbers["paths"])
+    _draw_cg(three, numbers["real_policy"]["of_the_exact_improvement"])
+    _draw_step(four, numbers["real_policy"]["along_the_step"])
+    figure.savefig(file)
+
+
+def _draw_shifts(axes: Axes, found: list[dict[str, float]]) -> None:
+    actions = torch.linspace(-6, 7, 600, dtype=F64)
+    for colour, shift in zip(("C0", "C1"), found, strict=True):
+        for mean, style in ((0.0, "-"), (SHIFT, "--")):
+            density = GAUSSIAN.log_prob(torch.tensor([[mean, math.log(shift["std"])]], dtype=F64), actions[:, None])
+            label = f"σ = {shift['std']:g}: KL {shift['kl']:.3g}" if style == "-" else None
+            axes.plot(actions, density.exp(), style, color=colour, label=label)
+    axes.set(title="1. The mean moves by 1 (dashed): two distances", xlabel="action", ylabel="density")
+    axes.legend()
+
+
+def _draw_paths(axes: Axes, found: dict[str, Any]) -> None:
+    means, stds = torch.linspace(-0.4, 3.4, 120, dtype=F64), torch.linspace(0.05, 1.4, 120, dtype=F64)
+    grid = torch.stack(torch.meshgrid(means, stds.log(), indexing="xy"), -1)
+    axes.contour(means, stds, expected_reward(grid), levels=18, colors="0.85", linestyles="solid", linewidths=1)
+    styles = [("C2", "-", 5.0), ("C3", "-", 1.5), ("C0", "--", 2.0), ("C1", "-", 1.5)]
+    for (name, line), (colour, style, width) in zip(found.items(), styles, strict=True):
+        mean, std = zip(*line["points"], strict=True)
+        axes.plot(mean, std, style, color=colour, linewidth=width, label=f"{name}: {line['last_reward']:.1g}")
+    for mean, std in next(iter(found.values()))["points"][::12]:
+        axes.plot(*kl_circle(mean, std).T, color="C2", linewidth=1)
+    axes.set(title=f"2. {STEPS} steps of KL {KL}, and the reward after them", xlabel="μ", ylabel="σ")
+    axes.legend(fontsize="small")
+
+
+def _draw_cg(axes: Axes, found: dict[str, list[float]]) -> None:
+    for damping, fractions in found.items():
+        axes.plot(range(1, len(fractions) + 1), fractions, marker=".", label=f"damping {damping}")
+    axes.axhline(1.0, color="0.7", linewidth=1)
+    axes.set(
+        title="3. CartPole: how much of (F + λI)⁻¹g CG has found",
+        xlabel="iterations (1: the plain gradient)",
+        ylabel="improvement at equal KL, of the exact one",
+        ylim=(0, 1.05),
+    )
+    axes.legend()
+
+
+def _draw_step(axes: Axes, found: dict[str, list[float]]) -> None:
+    axes.plot(found["scale"], found["quadratic_kl"], "--", color="C0", label="KL, quadratic: ½ sᵀFs")
+    axes.plot(found["scale"], found["kl"], color="C0", label="KL, true")
+    axes.axhline(BOUND, color="0.7", linewidth=1)
+    axes.set(title="4. CartPole: along the step, whose full length is 1", xlabel="length α", ylabel="KL")
+    other = axes.twinx()
+    other.plot(found["scale"], found["linear_gain"], "--", color="C3", label="improvement, linear: αgᵀs")
+    other.plot(found["scale"], found["gain"], color="C3", label="improvement, true")
+    other.set_ylabel("improvement of the surrogate")
+    lines = [*axes.get_lines()[:2], *other.get_lines()]
+    axes.legend(handles=lines, loc="upper left")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="default: %(default)s")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    numbers = {"shifts": shifts(), "paths": paths(), "real_policy": real_policy()}
+    (args.out / "natural_gradient.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    draw(numbers, args.out / "natural_gradient.png")
+    print(f"written: {args.out / 'natural_gradient.json'} and .png")
+
+
+if __name__ == "__main__":
+    main()
