@@ -243,6 +243,26 @@ class TestMaking:
         with pytest.raises(EnvError, match=rf"pip install 'trpo\[{extra}\]'"):
             make_single_env(config(env_id))
 
+    def test_a_warning_of_mujoco_is_printed_once(self, tmp_path: Any, monkeypatch: Any, capfd: Any) -> None:
+        mujoco = pytest.importorskip("mujoco")
+        monkeypatch.chdir(tmp_path)  # where MuJoCo itself would write MUJOCO_LOG.TXT
+        before = mujoco.get_mju_user_warning()
+        try:
+            mujoco.set_mju_user_warning(None)
+            for _ in range(3):
+                make_single_env(config("HalfCheetah-v5")).close()
+            ours = mujoco.get_mju_user_warning()
+            for text in ("one", "two", "one"):
+                ours(text)
+            said = capfd.readouterr().err.splitlines()
+            assert len(said) == len(set(said)) and said[-2:] == ["MuJoCo: one", "MuJoCo: two"]
+            assert not any(tmp_path.iterdir())
+            mujoco.set_mju_user_warning(print)  # somebody else's is left alone
+            make_single_env(config("HalfCheetah-v5")).close()
+            assert mujoco.get_mju_user_warning() is print
+        finally:
+            mujoco.set_mju_user_warning(before)
+
     def test_bad_kwargs_are_named(self) -> None:
         with pytest.raises(EnvError, match=r"env.kwargs \{'gravitas': 1\}: TypeError"):
             make_single_env(config("Pendulum-v1", kwargs={"gravitas": 1}))
