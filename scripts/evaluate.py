@@ -25,6 +25,7 @@ def main() -> None:
         deterministic=not args.stochastic,
         max_episode_steps=saved.config.evaluation.max_episode_steps,
         video=args.video,
+        render=args.render,
     )
     if args.json:
         print(json.dumps(_report(saved, env, result, args), allow_nan=False))
@@ -44,7 +45,9 @@ def _parse() -> argparse.Namespace:
         "--seed", type=at_least(0), default=0, metavar="N", help="of the first episode, then N+1 (default: %(default)s)"
     )
     parser.add_argument("--stochastic", action="store_true", help="sample actions instead of leaving the noise out")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="write the first episode to an mp4 file")
+    show = parser.add_mutually_exclusive_group()
+    show.add_argument("--video", type=Path, metavar="FILE", help="write the first episode to an mp4 file")
+    show.add_argument("--render", action="store_true", help="show the episodes in a window, one after the other")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--env", metavar="ID", help="another environment than the policy's own, as Gymnasium makes it")
     parser.add_argument(

@@ -64,7 +64,29 @@ class Task(gymnasium.Env[Any, Any]):
         return np.full((32, 48, 3), 40 * self.steps, np.uint8)
 
 
+class Shown(Task):
+    """Counts the windows that are open, and remembers which episodes they showed."""
+
+    metadata = {"render_modes": ["human"], "render_fps": 20}  # noqa: RUF012
+    windows = 0
+    episodes: list[int] = []  # noqa: RUF012 - of all of them
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__(render_mode=render_mode)
+        Shown.windows += render_mode == "human"
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        if self.render_mode == "human":
+            assert Shown.windows == 1
+            Shown.episodes.append(seed or 0)
+        return super().reset(seed=seed)
+
+    def close(self) -> None:
+        Shown.windows -= self.render_mode == "human"
+
+
 gymnasium.register("EvaluationTask-v0", Task)
+gymnasium.register("ShownTask-v0", Shown)
 
 
 def policy_for(env_id: str, **kwargs: Any) -> tuple[Policy, EnvConfig, gymnasium.Space[Any]]:
@@ -287,6 +309,33 @@ def test_off_screen_rendering_uses_what_is_installed(given, libraries, chosen, m
     render_headless()
     assert os.environ.get("MUJOCO_GL") == chosen
     assert ("SDL_VIDEODRIVER" in os.environ) == ("DISPLAY" not in given)
+
+
+# ---------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_is_shown_one_after_the_other_is_what_runs_side_by_side(deterministic, monkeypatch):
+    monkeypatch.setenv("DISPLAY", ":0")
+    args, episodes = policy_for("ShownTask-v0"), SIDE_BY_SIDE + 2
+    Shown.episodes.clear()
+    shown = evaluate(*args, episodes=episodes, seed=7, deterministic=deterministic, render=True)
+    assert Shown.episodes == [*range(7, 7 + episodes)]
+    assert shown == evaluate(*args, episodes=episodes, seed=7, deterministic=deterministic)
+    assert len(Shown.episodes) == episodes and Shown.windows == 0
+
+
+def test_what_cannot_be_shown_is_said(monkeypatch, script):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    with pytest.raises(UserError, match=r"no screen.* --video FILE"):
+        evaluate(*policy_for("ShownTask-v0"), episodes=1, seed=0, render=True)
+    monkeypatch.setenv("DISPLAY", ":0")
+    with pytest.raises(UserError, match="EvaluationTask-v0 has no human among its render modes"):
+        evaluate(*policy_for("EvaluationTask-v0"), episodes=1, seed=0, render=True)
+    outcome = script("somewhere", "--render", "--video", "a.mp4")
+    assert outcome.status == 2 and "not allowed with argument" in one_line(outcome.err)
 
 
 # ---------------------------------------------------------------- the command

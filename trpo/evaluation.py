@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from trpo.envs.single import success_of
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
 from trpo.policy import Policy
-from trpo.video import VideoWriter, check_recordable
+from trpo.video import VideoWriter, check_recordable, check_showable
 
 SIDE_BY_SIDE = 32  # episodes run together, and rows of every forward pass
 
@@ -85,6 +85,7 @@ def evaluate(
     deterministic: bool = True,
     max_episode_steps: int = 10_000,
     video: Path | None = None,
+    render: bool = False,
 ) -> Evaluation:
     """Runs `episodes` whole episodes, each in a new environment; the first is the same however many follow it.
 
@@ -101,23 +102,37 @@ def evaluate(
         deterministic: act by the mode of the policy.
         max_episode_steps: where episodes are cut if the environment has no time limit, lest one never end.
         video: an mp4 file to write the first episode to: the first observation, and one frame a step.
+        render: show the episodes in a window, one after the other, at the environment's own pace; not with `video`.
 
     Raises:
         EnvError: the environment cannot be built, is not the policy's, or fails.
+        UserError: there is no screen to show it on, or no window (`render`).
         VideoError: no video can be made.
     """
     if episodes < 1:
         raise ValueError(f"episodes has to be at least 1, not {episodes}")
+    if render and video is not None:
+        raise ValueError("an environment is shown or recorded, not both")
     if video is not None:
         check_recordable(env_config)
+    if render:
+        check_showable(env_config)
+    at_once = 1 if render else SIDE_BY_SIDE
     returns: list[float] = []
     lengths: list[int] = []
     successes: list[float] = []
     cut = 0
-    for first in range(0, episodes, SIDE_BY_SIDE):
-        seeds = range(seed + first, seed + min(episodes, first + SIDE_BY_SIDE))
-        shown = None if first else video
-        part = _side_by_side(policy, env_config, action_space, seeds, deterministic, max_episode_steps, shown)
+    for first in range(0, episodes, at_once):
+        part = _side_by_side(
+            policy,
+            env_config,
+            action_space,
+            {i % SIDE_BY_SIDE: seed + i for i in range(first, min(episodes, first + at_once))},
+            deterministic=deterministic,
+            max_episode_steps=max_episode_steps,
+            video=None if first else video,
+            render=render,
+        )
         returns += part.returns
         lengths += part.lengths
         successes += part.successes
@@ -129,43 +144,49 @@ def _side_by_side(
     policy: Policy,
     env_config: EnvConfig,
     action_space: spaces.Space[Any],
-    seeds: Sequence[int],
+    seeds: dict[int, int],
+    *,
     deterministic: bool,
     max_episode_steps: int,
     video: Path | None,
+    render: bool,
 ) -> Evaluation:
-    envs: list[gymnasium.Env[Any, Any]] = []
+    """Episodes with `seeds` by the rows of the forward pass that are theirs; a video is of row 0."""
+    envs: dict[int, gymnasium.Env[Any, Any]] = {}
     try:
-        for i in range(len(seeds)):
-            envs.append(make_single_env(env_config, render_mode="rgb_array" if video and i == 0 else None))
-        _check_spaces(policy, envs[0], action_space)
-        with VideoWriter(video, envs[0]) as frames:
-            episodes = [_Episode(env, seed, max_episode_steps) for env, seed in zip(envs, seeds, strict=True)]
+        for row in seeds:
+            mode = "human" if render else "rgb_array" if video and row == 0 else None
+            envs[row] = make_single_env(env_config, render_mode=mode)
+        first = next(iter(envs.values()))
+        _check_spaces(policy, first, action_space)
+        with VideoWriter(video, first) as frames:
+            episodes = {row: _Episode(env, seeds[row], max_episode_steps) for row, env in envs.items()}
             return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames)
     finally:
-        for env in envs:
+        for env in envs.values():
             env.close()
 
 
-def _run(actor: _Actor, episodes: list[_Episode], frames: VideoWriter) -> Evaluation:
+def _run(actor: _Actor, episodes: dict[int, _Episode], frames: VideoWriter) -> Evaluation:
     rows = torch.zeros(SIDE_BY_SIDE, actor.obs_dim, dtype=torch.float64)
     obs = rows.numpy()
-    for i, episode in enumerate(episodes):
-        obs[i] = episode.reset()
+    for row, episode in episodes.items():
+        obs[row] = episode.reset()
     frames.capture()
-    running = list(range(len(episodes)))
+    running = list(episodes)
     while running:
         actions = actor(rows, running)
-        for i in running:
-            obs[i] = episodes[i].step(actions[i])
-            if i == 0:
+        for row in running:
+            obs[row] = episodes[row].step(actions[row])
+            if row == 0:
                 frames.capture()
-        running = [i for i in running if not episodes[i].over]
+        running = [row for row in running if not episodes[row].over]
+    done = episodes.values()
     return Evaluation(
-        [episode.total for episode in episodes],
-        [episode.length for episode in episodes],
-        [episode.success for episode in episodes if not math.isnan(episode.success)],
-        sum(episode.cut for episode in episodes),
+        [episode.total for episode in done],
+        [episode.length for episode in done],
+        [episode.success for episode in done if not math.isnan(episode.success)],
+        sum(episode.cut for episode in done),
     )
 
 
@@ -218,11 +239,13 @@ class _Episode:
 class _Actor:
     """Observations → actions as the environment takes them, each row by itself."""
 
-    def __init__(self, policy: Policy, action_space: spaces.Space[Any], seeds: Sequence[int], deterministic: bool):
+    def __init__(self, policy: Policy, action_space: spaces.Space[Any], seeds: dict[int, int], deterministic: bool):
         self.policy = policy
         self.obs_dim = policy.normalizer.moments.mean.shape[0]
         self.encoding = ActionEncoding.of(action_space)
-        self.generators = None if deterministic else [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = (
+            None if deterministic else {row: torch.Generator().manual_seed(seed) for row, seed in seeds.items()}
+        )
 
     def __call__(self, obs: Tensor, running: list[int]) -> dict[int, Any]:
         """Raw observations [SIDE_BY_SIDE, D] → the actions of the rows `running`."""
@@ -232,13 +255,13 @@ class _Actor:
         else:
             encoded = self.policy.sample(obs, self._noise(self.generators, running))
         native = self.encoding.native(encoded.cpu().numpy()[running])
-        return {i: self.encoding.single(row) for i, row in zip(running, native, strict=True)}
+        return {row: self.encoding.single(action) for row, action in zip(running, native, strict=True)}
 
-    def _noise(self, generators: list[torch.Generator], running: list[int]) -> Tensor:
+    def _noise(self, generators: dict[int, torch.Generator], running: list[int]) -> Tensor:
         # On the CPU, so that a seed gives the same noise whatever the device; ones where nothing runs.
         theta = self.policy.theta.vector
         draw = self.policy.distribution.noise
-        drawn = [draw(like=theta.new_empty(0, device="cpu"), generator=generators[i]) for i in running]
+        drawn = [draw(like=theta.new_empty(0, device="cpu"), generator=generators[row]) for row in running]
         noise = drawn[0].new_ones(SIDE_BY_SIDE, *drawn[0].shape)
         noise[running] = torch.stack(drawn)
         return noise.to(theta.device)

@@ -1,4 +1,4 @@
-"""Episode → video: frames of one environment in an mp4 file, with or without a screen."""
+"""Episode → video: frames of one environment in an mp4 file, with or without a screen; or a window, with one."""
 
 from __future__ import annotations
 
@@ -90,6 +90,15 @@ def check_recordable(env_config: EnvConfig) -> None:
             raise VideoError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
 
 
+def check_showable(env_config: EnvConfig) -> None:
+    """Raises `UserError` if there is no screen to show an environment on, or it has no window of its own."""
+    if not _screen():
+        raise UserError("there is no screen to show the environment on; record a video instead, with --video FILE")
+    with closing(make_single_env(env_config)) as env:
+        if "human" not in (env.metadata.get("render_modes") or ()):
+            raise UserError(f"{env_config.id} has no human among its render modes; it cannot be shown")
+
+
 def try_recording(env_config: EnvConfig) -> None:
     """Raises `VideoError` unless an environment can be recorded here: `check_recordable`, and a first frame."""
     check_recordable(env_config)
@@ -124,10 +133,14 @@ def render_headless() -> None:
     uses a GPU if it can, else OSMesa. What the user has set stays.
     """
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would be printed amid the output of scripts
-    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+    if _screen():
         return
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     for library, backend in (("EGL", "egl"), ("OSMesa", "osmesa")):
         if ctypes.util.find_library(library):
             os.environ.setdefault("MUJOCO_GL", backend)
             return
+
+
+def _screen() -> bool:
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
