@@ -1,6 +1,6 @@
-"""The natural gradient in four pictures, drawn with the code that trains.
+"""The natural gradient in four pictures: by definition (`explicit.py`) and, for a policy of CartPole, as it is trained.
 
-    python benchmarks/natural_gradient.py [--out benchmarks]
+    python benchmarks/natural_gradient.py [--out DIR]
 
 Writes natural_gradient.json, the numbers that docs/natural-gradient.md quotes, and natural_gradient.png.
 """
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from trpo import Trainer, load_config
+from trpo.config import NaturalGradientConfig
 from trpo.distributions import DiagonalGaussian
-from trpo.natural_gradient import conjugate_gradient, fisher_product
+from trpo.natural_gradient import conjugate_gradient, fisher_product, trust_region_step
 from trpo.natural_gradient.explicit import (
     eta_function,
     fisher_matrix,
@@ -111,11 +112,12 @@ def kl_circle(mean: float, std: float) -> Tensor:
 ITERATIONS = 15
 DAMPINGS = (0.01, 0.1, 1.0)
 BOUND = 0.01
+STEP = NaturalGradientConfig(damping=0.1, cg_iterations=ITERATIONS)
 SCALES = [i / 20 for i in range(61)]
 
 
 def real_policy() -> dict[str, Any]:
-    """A batch of CartPole in the middle of training, its Fisher matrix by definition, and CG beside it."""
+    """A batch of CartPole amid training: its Fisher matrix by definition, CG beside it, and the update of TRPO."""
     settings = ["dtype=float64", "device=cpu", "policy.hidden_sizes=[8]", "evaluation.every_steps=0"]
     config = load_config(HERE.parent / "configs" / "cartpole.yaml", settings)
     with tempfile.TemporaryDirectory() as root:
@@ -131,6 +133,7 @@ def real_policy() -> dict[str, Any]:
         old = dist.log_prob(eta_of(theta), batch.action)
 
     def surrogate(t: Tensor) -> Tensor:
+        """L(θ): the mean of ratio times advantage."""
         return ((dist.log_prob(eta_of(t), batch.action) - old).exp() * batch.advantage).mean()
 
     leaf = theta.clone().requires_grad_()
@@ -139,25 +142,27 @@ def real_policy() -> dict[str, Any]:
     by_definition, fast = fisher @ gradient, product(gradient)
 
     def improvement(x: Tensor) -> float:
-        """First-order improvement at KL `BOUND`, were the KL quadratic."""
+        """gᵀs of the step s along x whose quadratic KL is `BOUND`."""
         return math.sqrt(2 * BOUND) * float(gradient @ x / metric_distance(x, fisher).sqrt())
 
-    cg: dict[str, list[float]] = {}
+    def by_cg(damping: float, iterations: int) -> Tensor:
+        damped = lambda v: product(v) + damping * v  # noqa: E731
+        return conjugate_gradient(damped, gradient, max_iterations=iterations, tolerance=0.0).x
+
+    eigenvalues = torch.linalg.eigvalsh(fisher)
+    solutions = {}
     for damping in DAMPINGS:
         exact = improvement(natural_gradient(fisher, gradient, damping=damping))
-        cg[str(damping)] = [
-            improvement(
-                conjugate_gradient(
-                    lambda v, damping=damping: product(v) + damping * v, gradient, max_iterations=k, tolerance=0.0
-                ).x
-            )
-            / exact
-            for k in range(1, ITERATIONS + 1)
-        ]
-    step = steepest_direction(
-        fisher + DAMPINGS[1] * torch.eye(len(theta), dtype=F64), gradient, radius=math.sqrt(2 * BOUND)
-    )
-    step *= math.sqrt(2 * BOUND / float(metric_distance(step, fisher)))  # damping made it shorter
+        found = [improvement(by_cg(damping, k)) for k in range(1, ITERATIONS + 1)]
+        solutions[f"{damping:g}"] = {
+            "by_cg": found,
+            "exact": exact,
+            "iterations_to_0.999": 1 + next(k for k, value in enumerate(found) if value >= 0.999 * exact),
+            "eigenvalues_above_damping": int((eigenvalues > damping).sum()),
+        }
+
+    report = trust_region_step(policy, batch, max_kl=BOUND, settings=STEP)
+    step = (policy.theta.vector - theta) / report.scale
     kl, start = kl_from(eta_of, dist.kl, theta), float(surrogate(theta))
     with torch.no_grad():
         along = {
@@ -166,15 +171,15 @@ def real_policy() -> dict[str, Any]:
             "quadratic_kl": [a * a * BOUND for a in SCALES],
             "gain": [float(surrogate(theta + a * step)) - start for a in SCALES],
             "linear_gain": [a * float(gradient @ step) for a in SCALES],
+            "taken": report.scale,
         }
-    eigenvalues = torch.linalg.eigvalsh(fisher)
     return {
         "parameters": len(theta),
         "samples": len(batch.obs),
         "product_error": float((fast - by_definition).norm() / by_definition.norm()),
-        "largest_eigenvalue": float(eigenvalues[-1]),
-        "eigenvalues_above_a_hundredth_of_it": int((eigenvalues > eigenvalues[-1] / 100).sum()),
-        "of_the_exact_improvement": cg,
+        "zero_eigenvalues": int((eigenvalues.abs() < 1e-12 * eigenvalues[-1]).sum()),
+        "plain_gradient": improvement(gradient),
+        "solutions": solutions,
         "along_the_step": along,
     }
 
@@ -189,7 +194,7 @@ def draw(numbers: dict[str, Any], file: Path) -> None:
     (one, two), (three, four) = figure.subplots(2, 2)
     _draw_shifts(one, numbers["shifts"])
     _draw_paths(two, numbers["paths"])
-    _draw_cg(three, numbers["real_policy"]["of_the_exact_improvement"])
+    _draw_cg(three, numbers["real_policy"])
     _draw_step(four, numbers["real_policy"]["along_the_step"])
     figure.savefig(file)
 
@@ -219,26 +224,28 @@ def _draw_paths(axes: Axes, found: dict[str, Any]) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_cg(axes: Axes, found: dict[str, list[float]]) -> None:
-    for damping, fractions in found.items():
-        axes.plot(range(1, len(fractions) + 1), fractions, marker=".", label=f"damping {damping}")
-    axes.axhline(1.0, color="0.7", linewidth=1)
+def _draw_cg(axes: Axes, found: dict[str, Any]) -> None:
+    for i, (damping, solution) in enumerate(found["solutions"].items()):
+        iterations = range(1, len(solution["by_cg"]) + 1)
+        axes.plot(iterations, solution["by_cg"], marker=".", color=f"C{i}", label=f"λ = {damping}")
+        axes.axhline(solution["exact"], color=f"C{i}", linewidth=1, linestyle=":")
+    axes.plot(1, found["plain_gradient"], "o", color="black", label="plain gradient")
     axes.set(
-        title="3. CartPole: how much of (F + λI)⁻¹g CG has found",
-        xlabel="iterations (1: the plain gradient)",
-        ylabel="improvement at equal KL, of the exact one",
-        ylim=(0, 1.05),
+        title="3. CartPole: CG, and the exact (F + λI)⁻¹g (dotted)",
+        xlabel="iterations",
+        ylabel=f"improvement gᵀs at ½ sᵀFs = {BOUND}",
+        ylim=(0, None),
     )
     axes.legend()
 
 
 def _draw_step(axes: Axes, found: dict[str, list[float]]) -> None:
-    axes.plot(found["scale"], found["quadratic_kl"], "--", color="C0", label="KL, quadratic: ½ sᵀFs")
+    axes.plot(found["scale"], found["quadratic_kl"], "--", color="C0", label="KL, quadratic: α² ½ sᵀFs")
     axes.plot(found["scale"], found["kl"], color="C0", label="KL, true")
     axes.axhline(BOUND, color="0.7", linewidth=1)
-    axes.set(title="4. CartPole: along the step, whose full length is 1", xlabel="length α", ylabel="KL")
+    axes.set(title="4. CartPole: along the step s of an update", xlabel="α, the share of s", ylabel="KL")
     other = axes.twinx()
-    other.plot(found["scale"], found["linear_gain"], "--", color="C3", label="improvement, linear: αgᵀs")
+    other.plot(found["scale"], found["linear_gain"], "--", color="C3", label="improvement, linear: α gᵀs")
     other.plot(found["scale"], found["gain"], color="C3", label="improvement, true")
     other.set_ylabel("improvement of the surrogate")
     lines = [*axes.get_lines()[:2], *other.get_lines()]
@@ -249,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="default: %(default)s")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     numbers = {"shifts": shifts(), "paths": paths(), "real_policy": real_policy()}
     (args.out / "natural_gradient.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")

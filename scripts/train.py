@@ -45,7 +45,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated"
     )
-    parser.add_argument("--env", metavar="ID", help="short for --set env.id=ID; does without --config: all defaults")
+    parser.add_argument(
+        "--env", metavar="ID", help="train this environment: in place of the file's, or with all defaults"
+    )
     parser.add_argument("--seed", metavar="N", help="short for --set seed=N")
     parser.add_argument("--device", metavar="D", help="short for --set device=D: cpu, cuda or auto")
     parser.add_argument("--name", metavar="X", help="short for --set name=X")
@@ -83,9 +85,10 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
     assert run is not None
     saved = load_config(RunDirectory.open(run).config_file, overrides)
     if given is not None and (difference := config_difference(saved, given)):
+        source, changes = args.config or "--env", "; ".join(difference)
         raise UserError(
-            f"{args.config or args.env} differs from the run's own settings ({'; '.join(difference)}); to go on with "
-            f"{run}, name it after --resume alone, and change settings with --set; for a new run leave --resume out"
+            f"what {source} gives differs from the run's own settings ({changes}); to go on with {run}, name it after "
+            "--resume alone, and change settings with --set; for a new run leave --resume out"
         )
     return saved, run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from gymnasium.spaces import Box, Discrete
 
 from trpo import config_difference as config_difference_module
 from trpo.config import Config
@@ -57,14 +58,18 @@ def test_true_and_one_differ() -> None:
 # --- without effect ---
 
 
+BOX = Box(-1, 1, (2,))
+
+
 def test_defaults_and_what_counts_are_not_named() -> None:
-    assert without_effect(config()) == []
+    assert without_effect(config(), BOX) == []
+    assert without_effect(config(), Discrete(2)) == []
     counts = config(
         env={"backend": "gymnasium-async", "workers": 2, "timeout_s": 5.0, "on_worker_failure": "restart"},
         value={"fit": "gauss_newton", "gauss_newton": {"iterations": 5}},
         natural_gradient={"line_search": {"backtracks": 3}},
     )
-    assert without_effect(counts) == []
+    assert without_effect(counts, BOX) == []
 
 
 @pytest.mark.parametrize(
@@ -95,10 +100,30 @@ def test_defaults_and_what_counts_are_not_named() -> None:
             {"env": {"max_restarts": 9, "backend": "gymnasium-async"}},
             ['env.max_restarts, while env.on_worker_failure is "fail"'],
         ),
+        (
+            {"env": {"max_restarts": 9, "on_worker_failure": "restart"}},
+            [
+                'env.on_worker_failure, while env.backend is "auto"',
+                'env.max_restarts, while env.backend is "auto"',
+            ],
+        ),
+        (
+            {"evaluation": {"every_steps": 0, "episodes": 3, "final_episodes": 3}},
+            ["evaluation.episodes, while evaluation.every_steps is 0"],
+        ),
     ],
 )
 def test_what_changes_nothing_is_named(settings: dict[str, Any], lines: list[str]) -> None:
-    assert without_effect(config(**settings)) == lines
+    assert without_effect(config(**settings), BOX) == lines
+
+
+def test_bins_and_std_are_of_box_actions() -> None:
+    settings = config(policy={"bins": None, "std": {"initial": 0.7}, "noise_exponent": 1.0})
+    assert without_effect(settings, BOX) == []
+    assert without_effect(settings, Discrete(3)) == [
+        "policy.bins, while actions are Discrete(3)",
+        "policy.std.initial, while actions are Discrete(3)",
+    ]
 
 
 def test_auto_has_no_workers() -> None:
@@ -106,9 +131,14 @@ def test_auto_has_no_workers() -> None:
     assert AUTO_BACKEND == "gymnasium"
 
 
-@pytest.mark.parametrize(("setting", "other", "values"), config_difference_module._ONLY_WITH)
+@pytest.mark.parametrize(("setting", "other", "values"), config_difference_module._IDLE)
 def test_the_names_are_settings(setting: str, other: str, values: tuple[object, ...]) -> None:
     assert schema_at(tuple(setting.split("."))) is not None
     known = schema_at(tuple(other.split(".")))
     assert known is not None
-    assert set(values) < set(words(known) or (True, False))
+    assert set(values) < set(words(known) or (True, False, 0))
+
+
+@pytest.mark.parametrize("setting", config_difference_module._OF_BOX_ACTIONS)
+def test_so_are_those_of_box_actions(setting: str) -> None:
+    assert schema_at(tuple(setting.split("."))) is not None

@@ -252,10 +252,10 @@ class TestMaking:
             for _ in range(3):
                 make_single_env(config("HalfCheetah-v5")).close()
             ours = mujoco.get_mju_user_warning()
-            for text in ("one", "two", "one"):
+            for text in ("unstable at 0.1", "slow", "unstable at 0.25"):
                 ours(text)
             said = capfd.readouterr().err.splitlines()
-            assert len(said) == len(set(said)) and said[-2:] == ["MuJoCo: one", "MuJoCo: two"]
+            assert len(said) == len(set(said)) and said[-2:] == ["MuJoCo: unstable at 0.1", "MuJoCo: slow"]
             assert not any(tmp_path.iterdir())
             mujoco.set_mju_user_warning(print)  # somebody else's is left alone
             make_single_env(config("HalfCheetah-v5")).close()

@@ -183,14 +183,14 @@ def test_what_is_no_policy_is_said_in_one_line(tmp_path):
     for run in ("run", "crashed"):
         (tmp_path / run).mkdir()
         (tmp_path / run / "config.yaml").touch()
+    (tmp_path / "pretrained" / "Pusher-v5").mkdir(parents=True)
     save_state(tmp_path / "run" / "checkpoints" / "step-000000001", {})
-    for time, run in enumerate(("run", "crashed")):
-        os.utime(tmp_path / run, (time, time))
     save_state(tmp_path / "checkpoint", {"policy": {}, "value": {}})
     for name, problem in {
         "missing": "no such file",
         "crash": "no such file.*did you mean .*crashed",
-        ".": "holds no policy.*did you mean .*crashed",
+        "pretrained/Zebra": "no such file[^?]*$",
+        ".": "holds no policy[^?]*$",
         "empty": "holds no policy",
         "run": "no policy yet.*--resume",
         "crashed": "no policy yet; start a new one",
@@ -199,6 +199,11 @@ def test_what_is_no_policy_is_said_in_one_line(tmp_path):
     }.items():
         with pytest.raises(CheckpointError, match=problem):
             load_policy(tmp_path / name)
+    for time, name in enumerate(("run/best", "crashed/final")):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time, time))
+    with pytest.raises(CheckpointError, match=r"holds no policy.*did you mean .*crashed\?$"):
+        load_policy(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no tensors", "pickle"])

@@ -157,6 +157,16 @@ def test_the_caller_sees_every_update_and_may_stop_the_run(tmp_path: Path) -> No
     assert rest.env_steps == 256 and rest.evaluation is not None and len(seen) == 4
 
 
+@pytest.mark.parametrize("answer", [1.0, "yes", np.array([False, False])])
+def test_an_answer_that_is_neither_true_nor_false_ends_the_run_with_a_checkpoint(answer: Any, tmp_path: Path) -> None:
+    config = config_for("Pendulum-v1", total_steps=256, batch_size=64, device="cpu", evaluation={"final_episodes": 1})
+    source = Trainer(config, root=tmp_path, console=False, on_update=lambda *_: answer)
+    with pytest.raises(TypeError, match="True stops the run"):
+        source.train()
+    rest = Trainer(config, resume=source.run.path, console=False, on_update=lambda *_: np.bool_(False)).train()
+    assert rest.env_steps == 256
+
+
 def test_settings_without_effect_are_remarked_upon(tmp_path: Path) -> None:
     config = config_for("Pendulum-v1", value={"gauss_newton": {"iterations": 5}})
     with closing(Trainer(config, root=tmp_path, console=False)) as source:

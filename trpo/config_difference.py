@@ -6,23 +6,28 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from gymnasium.spaces import Box, Space
+
 from trpo.config import Config, EnvConfig
 from trpo.strict_yaml import show
 
 _ABSENT = object()
 
-# Settings, or sections of them, that count only where another setting has one of these values.
-_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
-    ("env.workers", "env.backend", ("gymnasium-async", "envpool")),
-    ("env.timeout_s", "env.backend", ("gymnasium-async",)),
-    ("env.on_worker_failure", "env.backend", ("gymnasium-async",)),
-    ("env.max_restarts", "env.on_worker_failure", ("restart",)),
-    ("value.adam", "value.fit", ("adam",)),
-    ("value.gauss_newton", "value.fit", ("gauss_newton",)),
-    ("normalize.clip_observations", "normalize.observations", (True,)),
-    ("normalize.clip_rewards", "normalize.rewards", (True,)),
-    ("natural_gradient.line_search", "natural_gradient.line_search.enabled", (True,)),
+# Settings, or sections of them, that do nothing where another setting has one of these values.
+_IDLE: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    ("env.workers", "env.backend", ("auto", "gymnasium", "torch")),
+    ("env.timeout_s", "env.backend", ("auto", "gymnasium", "torch", "envpool")),
+    ("env.on_worker_failure", "env.backend", ("auto", "gymnasium", "torch", "envpool")),
+    ("env.max_restarts", "env.backend", ("auto", "gymnasium", "torch", "envpool")),
+    ("env.max_restarts", "env.on_worker_failure", ("fail",)),
+    ("value.adam", "value.fit", ("gauss_newton",)),
+    ("value.gauss_newton", "value.fit", ("adam",)),
+    ("normalize.clip_observations", "normalize.observations", (False,)),
+    ("normalize.clip_rewards", "normalize.rewards", (False,)),
+    ("natural_gradient.line_search", "natural_gradient.line_search.enabled", (False,)),
+    ("evaluation.episodes", "evaluation.every_steps", (0,)),
 )
+_OF_BOX_ACTIONS = ("policy.bins", "policy.std")
 
 
 def config_difference(saved: Config, given: Config) -> list[str]:
@@ -30,19 +35,24 @@ def config_difference(saved: Config, given: Config) -> list[str]:
     return [f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in _differences(_plain(saved), _plain(given))]
 
 
-def without_effect(config: Config) -> list[str]:
-    """One line for each setting that departs from its default and changes nothing, with what would have to be else.
+def without_effect(config: Config, action_space: Space[Any]) -> list[str]:
+    """One line for each setting that departs from its default and changes nothing, with what is the cause.
 
-    As `value.adam.epochs, while value.fit is gauss_newton`, in the order of the config.
+    As `value.adam.epochs, while value.fit is "gauss_newton"`, in the order of the config.
     """
-    defaults = Config(env=EnvConfig(id=config.env.id))
     settings = _plain(config)
+    causes = [
+        (idle, other, f"{other} is {show(value)}")
+        for idle, other, values in _IDLE
+        if (value := _at(settings, other)) in values
+    ]
+    if not isinstance(action_space, Box):
+        causes += [(idle, "", f"actions are {action_space}") for idle in _OF_BOX_ACTIONS]
     lines = []
-    for key, _, _ in _differences(_plain(defaults), settings):
-        for idle, other, values in _ONLY_WITH:
-            below = key == idle or key.startswith(f"{idle}.")
-            if below and key != other and (value := _at(settings, other)) not in values:
-                lines.append(f"{key}, while {other} is {show(value)}")
+    for key, _, _ in _differences(_plain(Config(env=EnvConfig(id=config.env.id))), settings):
+        for idle, other, cause in causes:
+            if (key == idle or key.startswith(f"{idle}.")) and key != other:
+                lines.append(f"{key}, while {cause}")
                 break
     return lines
 

@@ -183,9 +183,9 @@ def decode_space(data: dict[str, Any]) -> spaces.Space[Any]:
 def _policy_directory(path: Path) -> Path:
     """`path` itself if it is a policy, else the one to take of the run at `path`."""
     if not path.exists():
-        beside = [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = did_you_mean(get_close_matches(str(path), beside, n=1))
-        raise CheckpointError(f"{path}: no such file or directory; give a run directory or a saved policy{near}")
+        near = get_close_matches(path.name, [beside.name for beside in _directories(path.parent)], n=1)
+        meant = did_you_mean(str(path.with_name(name)) for name in near)
+        raise CheckpointError(f"{path}: no such file or directory; give a run directory or a saved policy{meant}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a run directory or a saved policy, which is a directory too")
     if (path / MANIFEST_FILE).exists():
@@ -200,9 +200,18 @@ def _policy_directory(path: Path) -> Path:
             else "start a new one"
         )
         raise CheckpointError(f"the run {path} has saved no policy yet; {how}")
-    runs = [run for run in path.iterdir() if (run / "config.yaml").exists()]
-    near = did_you_mean(str(run) for run in sorted(runs, key=lambda run: run.stat().st_mtime)[-1:])
-    raise CheckpointError(f"{path} holds no policy; give a run directory or a saved policy{near}")
+    policies = [found for run in _directories(path) for found in (run / "final", run / "best") if found.is_dir()]
+    newest = sorted(policies, key=lambda found: found.stat().st_mtime)[-1:]
+    meant = did_you_mean(str(found.parent) for found in newest)
+    raise CheckpointError(f"{path} holds no policy; give a run directory or a saved policy{meant}")
+
+
+def _directories(path: Path) -> list[Path]:
+    """Those in a directory; none if it is none, or cannot be listed."""
+    try:
+        return [below for below in path.iterdir() if below.is_dir()]
+    except OSError:
+        return []
 
 
 def _restore(state: dict[str, Any], directory: Path, device: torch.device) -> SavedPolicy:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trpo import native
@@ -67,8 +68,9 @@ class Trainer:
         console: show progress.
         env: environments made by hand, as many as this process's share, in place of those `config.env` describes;
             the evaluations are still of `config.env`.
-        on_update: called with this trainer and the report of each update, after its metrics, evaluation and checkpoint;
-            what is true stops the run as a signal would. What it changes in the trainer is not in a checkpoint.
+        on_update: called in every process with this trainer and the report of each update, after its metrics, and after
+            its evaluation and checkpoint but for those at the end of the run. True, from any process, stops the run as
+            a signal would. What it raises ends the run, with a checkpoint if there is one process only.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Trainer:
         resume: str | Path | None = None,
         console: bool = True,
         env: BatchEnv | None = None,
-        on_update: Callable[[Trainer, UpdateReport], object] | None = None,
+        on_update: Callable[[Trainer, UpdateReport], bool | None] | None = None,
     ):
         self.config = config
         self.on_update = on_update
@@ -178,7 +180,7 @@ class Trainer:
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
-        for idle in without_effect(self.config):
+        for idle in without_effect(self.config, self.action_space):
             self._say(f"note: no effect: {idle}")
         if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
             self._say("note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler")
@@ -213,9 +215,9 @@ class Trainer:
                 stop = False
                 while self.updates < last and not stop:
                     report = self._iteration()
-                    told = self.on_update is not None and bool(self.on_update(self, report))
+                    told = self._told_to_stop(report) or bool(received)
                     # All processes have to leave the loop together, whoever was told to stop.
-                    stop = bool(self.group.all_sum(torch.tensor(float(told or bool(received)))))
+                    stop = bool(self.group.all_sum(torch.tensor(float(told))))
                 return self._finish(received[0] if received else None)
         except Exception as error:
             if self.writer is not None:
@@ -269,6 +271,20 @@ class Trainer:
         if self.updates < self.config.updates:  # `_finish` does both for the last one
             self._periodic(previous_steps)
         return report
+
+    def _told_to_stop(self, report: UpdateReport) -> bool:
+        """By the caller, who has a look at the update."""
+        if self.on_update is None:
+            return False
+        try:
+            answer = self.on_update(self, report)
+            if not isinstance(answer, bool | np.bool | None):
+                raise TypeError(f"on_update returned {answer!r}: True stops the run, False or None lets it go on")
+        except Exception:
+            if self.group.size == 1:  # others would not come to a checkpoint of all
+                self._save_checkpoint()
+            raise
+        return bool(answer)
 
     @property
     def progress(self) -> float:

@@ -7,15 +7,18 @@ of HalfCheetah, in the middle of the live display, and into a MUJOCO_LOG.TXT in 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 
 import gymnasium
-from gymnasium.envs.registration import EnvSpec
 
 
 def warn_once(env_id: str) -> None:
-    """Before `env_id` is made: where it may use MuJoCo, whose warnings nobody handles, prints each on stderr once."""
-    if "mujoco" not in sys.modules and not _of_gymnasiums_mujoco(gymnasium.registry.get(env_id)):
+    """Before `env_id` is made: where it may use MuJoCo, prints each kind of warning on stderr once a process.
+
+    Not where somebody else handles them, nor of an environment that nothing shows to use MuJoCo.
+    """
+    if "mujoco" not in sys.modules and not _of_gymnasiums_mujoco(env_id):
         return  # do not import what is perhaps not needed
     try:
         mujoco = importlib.import_module("mujoco")
@@ -25,12 +28,19 @@ def warn_once(env_id: str) -> None:
         said: set[str] = set()
 
         def say(text: str) -> None:
-            if text not in said:
-                said.add(text)
+            kind = re.sub(r"\d+", "", text)  # an unstable simulation names the time
+            if kind not in said:
+                said.add(kind)
                 print(f"MuJoCo: {text}", file=sys.stderr)
 
         mujoco.set_mju_user_warning(say)
 
 
-def _of_gymnasiums_mujoco(spec: EnvSpec | None) -> bool:
-    return spec is not None and ".mujoco" in str(spec.entry_point)
+def _of_gymnasiums_mujoco(env_id: str) -> bool:
+    """With or without the module to import and the version."""
+    name = env_id.rpartition(":")[2]
+    return any(
+        ".mujoco" in str(spec.entry_point)
+        for known, spec in gymnasium.registry.items()
+        if known == name or known.startswith(f"{name}-v")
+    )
