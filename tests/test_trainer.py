@@ -157,14 +157,29 @@ def test_the_caller_sees_every_update_and_may_stop_the_run(tmp_path: Path) -> No
     assert rest.env_steps == 256 and rest.evaluation is not None and len(seen) == 4
 
 
-@pytest.mark.parametrize("answer", [1.0, "yes", np.array([False, False])])
-def test_an_answer_that_is_neither_true_nor_false_ends_the_run_with_a_checkpoint(answer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", [1.0, "yes", np.array([False, False]), ZeroDivisionError("mine")])
+def test_a_caller_that_raises_or_answers_neither_true_nor_false_ends_the_run_with_a_checkpoint(
+    answer: Any, tmp_path: Path
+) -> None:
     config = config_for("Pendulum-v1", total_steps=256, batch_size=64, device="cpu", evaluation={"final_episodes": 1})
-    source = Trainer(config, root=tmp_path, console=False, on_update=lambda *_: answer)
-    with pytest.raises(TypeError, match="True stops the run"):
+    raises = isinstance(answer, Exception)
+
+    def watch(source: Trainer, report: UpdateReport) -> Any:
+        if raises and source.updates == 2:
+            raise answer
+        return None if raises else answer
+
+    source = Trainer(config, root=tmp_path, console=False, on_update=watch)
+    with pytest.raises(ZeroDivisionError if raises else TypeError, match="mine" if raises else "True stops the run"):
         source.train()
-    rest = Trainer(config, resume=source.run.path, console=False, on_update=lambda *_: np.bool_(False)).train()
-    assert rest.env_steps == 256
+    seen: list[int] = []
+
+    def count(source: Trainer, _: UpdateReport) -> Any:
+        seen.append(source.updates)
+        return np.bool_(False)
+
+    rest = Trainer(config, resume=source.run.path, console=False, on_update=count).train()
+    assert rest.env_steps == 256 and seen == ([3, 4] if raises else [2, 3, 4])
 
 
 def test_settings_without_effect_are_remarked_upon(tmp_path: Path) -> None:
