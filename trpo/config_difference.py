@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from gymnasium.spaces import Box, Space
-
 from trpo.config import Config, EnvConfig
 from trpo.strict_yaml import show
 
@@ -27,7 +25,6 @@ _IDLE: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("natural_gradient.line_search", "natural_gradient.line_search.enabled", (False,)),
     ("evaluation.episodes", "evaluation.every_steps", (0,)),
 )
-_OF_BOX_ACTIONS = ("policy.bins", "policy.std")
 
 
 def config_difference(saved: Config, given: Config) -> list[str]:
@@ -35,24 +32,19 @@ def config_difference(saved: Config, given: Config) -> list[str]:
     return [f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in _differences(_plain(saved), _plain(given))]
 
 
-def without_effect(config: Config, action_space: Space[Any]) -> list[str]:
-    """One line for each setting that departs from its default and changes nothing, with what is the cause.
+def without_effect(config: Config) -> list[str]:
+    """One line for each setting that departs from its default and changes nothing, with the other that is the cause.
 
-    As `value.adam.epochs, while value.fit is "gauss_newton"`, in the order of the config.
+    As `value.adam.epochs, while value.fit is "gauss_newton"`, in the order of the config. What is only of other kinds
+    of actions than the environment's is not meant: a recipe may be for many tasks.
     """
     settings = _plain(config)
-    causes = [
-        (idle, other, f"{other} is {show(value)}")
-        for idle, other, values in _IDLE
-        if (value := _at(settings, other)) in values
-    ]
-    if not isinstance(action_space, Box):
-        causes += [(idle, "", f"actions are {action_space}") for idle in _OF_BOX_ACTIONS]
     lines = []
     for key, _, _ in _differences(_plain(Config(env=EnvConfig(id=config.env.id))), settings):
-        for idle, other, cause in causes:
-            if (key == idle or key.startswith(f"{idle}.")) and key != other:
-                lines.append(f"{key}, while {cause}")
+        for idle, other, values in _IDLE:
+            below = key == idle or key.startswith(f"{idle}.")
+            if below and key != other and (value := _at(settings, other)) in values:
+                lines.append(f"{key}, while {other} is {show(value)}")
                 break
     return lines
 

@@ -180,7 +180,7 @@ class Trainer:
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
-        for idle in without_effect(self.config, self.action_space):
+        for idle in without_effect(self.config):
             self._say(f"note: no effect: {idle}")
         if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
             self._say("note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler")
