@@ -100,6 +100,10 @@ def test_a_mapping_merges_into_a_section_and_replaces_a_setting() -> None:
     assert config.natural_gradient.max_kl == Schedule(start=3.0, end=4.0)
 
 
+def test_one_override_needs_no_list() -> None:
+    assert parse_config("env: {id: A-v0}", overrides="seed=3") == parse_config("env: {id: A-v0}", overrides=["seed=3"])
+
+
 def test_overrides_reach_into_a_schedule_and_free_arguments() -> None:
     text = ENV + "natural_gradient: {max_kl: 0.02}"
     overrides = ["natural_gradient.max_kl.start=1e-2", "natural_gradient.max_kl.end=1", "env.kwargs.a.b=1e-3"]

@@ -47,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: a UTF-8 file.
-        overrides: `key.path=value`, the value in the file's own syntax: `natural_gradient.max_kl=0.02`.
+        overrides: `key.path=value` each, the value in the file's own syntax: `natural_gradient.max_kl=0.02`.
 
     Raises:
         ConfigError: the file cannot be read or a setting is wrong; one line that says which and what to change.
@@ -80,7 +80,7 @@ def parse_config(text: str, *, source: str = "<text>", overrides: Sequence[str] 
     if not isinstance(data, dict):
         raise config_error(origins[()], (), f"must be a mapping of settings, not {show(data)}")
     origins[()] = source  # what is wrong with the whole has no line
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:  # one alone is meant as one
         _override(data, override, origins)
     try:
         return Config.model_validate(data, by_alias=True, by_name=False)
