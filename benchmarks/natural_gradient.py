@@ -27,9 +27,9 @@ from trpo.natural_gradient.explicit import (
     fisher_matrix,
     gaussian_kl,
     kl_from,
-    metric_distance,
     natural_gradient,
     steepest_direction,
+    to_boundary,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def path(written: Callable[[Tensor], Tensor], *, natural: bool) -> list[list[flo
         (gradient,) = torch.autograd.grad(expected_reward(written(leaf)), leaf)
         fisher = fisher_matrix(lambda t: written(t).unsqueeze(0), GAUSSIAN.kl, theta)
         direction = natural_gradient(fisher, gradient) if natural else gradient
-        theta = theta + math.sqrt(2 * KL / float(metric_distance(direction, fisher))) * direction
+        theta = theta + to_boundary(direction, fisher, radius=math.sqrt(2 * KL))
     return found
 
 
@@ -143,7 +143,7 @@ def real_policy() -> dict[str, Any]:
 
     def improvement(x: Tensor) -> float:
         """gᵀs of the step s along x whose quadratic KL is `BOUND`."""
-        return math.sqrt(2 * BOUND) * float(gradient @ x / metric_distance(x, fisher).sqrt())
+        return float(gradient @ to_boundary(x, fisher, radius=math.sqrt(2 * BOUND)))
 
     def by_cg(damping: float, iterations: int) -> Tensor:
         damped = lambda v: product(v) + damping * v  # noqa: E731

@@ -11,12 +11,14 @@ from trpo.strict_yaml import show
 
 _ABSENT = object()
 
+_WITHOUT_WORKERS = ("auto", "gymnasium", "torch")
+_UNSUPERVISED = (*_WITHOUT_WORKERS, "envpool")
 # Settings, or sections of them, that do nothing where another setting has one of these values.
 _IDLE: tuple[tuple[str, str, tuple[object, ...]], ...] = (
-    ("env.workers", "env.backend", ("auto", "gymnasium", "torch")),
-    ("env.timeout_s", "env.backend", ("auto", "gymnasium", "torch", "envpool")),
-    ("env.on_worker_failure", "env.backend", ("auto", "gymnasium", "torch", "envpool")),
-    ("env.max_restarts", "env.backend", ("auto", "gymnasium", "torch", "envpool")),
+    ("env.workers", "env.backend", _WITHOUT_WORKERS),
+    ("env.timeout_s", "env.backend", _UNSUPERVISED),
+    ("env.on_worker_failure", "env.backend", _UNSUPERVISED),
+    ("env.max_restarts", "env.backend", _UNSUPERVISED),
     ("env.max_restarts", "env.on_worker_failure", ("fail",)),
     ("value.adam", "value.fit", ("gauss_newton",)),
     ("value.gauss_newton", "value.fit", ("adam",)),

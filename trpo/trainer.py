@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -276,15 +276,21 @@ class Trainer:
         """By the caller, who has a look at the update."""
         if self.on_update is None:
             return False
-        try:
+        with self._saved_on(Exception):
             answer = self.on_update(self, report)
             if not isinstance(answer, bool | np.bool | None):
                 raise TypeError(f"on_update returned {answer!r}: True stops the run, False or None lets it go on")
-        except Exception:
+        return bool(answer)
+
+    @contextlib.contextmanager
+    def _saved_on(self, kind: type[Exception]) -> Iterator[None]:
+        """Between updates: saves what has been trained before an error of this kind ends the run."""
+        try:
+            yield
+        except kind:
             if self.group.size == 1:  # others would not come to a checkpoint of all
                 self._save_checkpoint()
             raise
-        return bool(answer)
 
     @property
     def progress(self) -> float:
@@ -325,12 +331,8 @@ class Trainer:
         if self.writer is None:
             return None
         started = time.perf_counter()
-        try:
+        with self._saved_on(EnvError):
             result = self._run_episodes(episodes)
-        except EnvError:
-            if self.group.size == 1:  # others would not come to a checkpoint of all
-                self._save_checkpoint()
-            raise
         if result.cut:
             cut = f"{result.cut} of {episodes} episodes were cut after {max(result.lengths)} steps"
             self._say(f"note: {cut}, evaluation.max_episode_steps: the environment has no time limit")

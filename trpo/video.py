@@ -84,19 +84,16 @@ def check_recordable(env_config: EnvConfig) -> None:
             importlib.import_module(package)
     except ImportError as error:
         raise VideoError(f"videos need a package that is missing ({error}): pip install 'trpo[video]'") from error
-    # Without a `render_mode` first: constructors that know none raise errors of their own.
-    with closing(make_single_env(env_config)) as env:
-        if "rgb_array" not in (env.metadata.get("render_modes") or ()):
-            raise VideoError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
+    if not _has_mode(env_config, "rgb_array"):
+        raise VideoError(f"{env_config.id} has no rgb_array among its render modes; it cannot be recorded")
 
 
 def check_showable(env_config: EnvConfig) -> None:
     """Raises `UserError` if there is no screen to show an environment on, or it has no window of its own."""
     if not _screen():
         raise UserError("there is no screen to show the environment on; record a video instead, with --video FILE")
-    with closing(make_single_env(env_config)) as env:
-        if "human" not in (env.metadata.get("render_modes") or ()):
-            raise UserError(f"{env_config.id} has no human among its render modes; it cannot be shown")
+    if not _has_mode(env_config, "human"):
+        raise UserError(f"{env_config.id} has no human among its render modes; it cannot be shown")
 
 
 def try_recording(env_config: EnvConfig) -> None:
@@ -140,6 +137,12 @@ def render_headless() -> None:
         if ctypes.util.find_library(library):
             os.environ.setdefault("MUJOCO_GL", backend)
             return
+
+
+def _has_mode(env_config: EnvConfig, mode: str) -> bool:
+    # Of an environment without a `render_mode`: constructors that know none raise errors of their own.
+    with closing(make_single_env(env_config)) as env:
+        return mode in (env.metadata.get("render_modes") or ())
 
 
 def _screen() -> bool:

@@ -67,5 +67,9 @@ def natural_gradient(fisher: Tensor, gradient: Tensor, *, damping: float = 0.0) 
 
 def steepest_direction(metric: Tensor, gradient: Tensor, *, radius: float) -> Tensor:
     """argmax gᵀδ subject to δᵀMδ ≤ radius²: the natural gradient scaled to the boundary of the metric's ball."""
-    direction = natural_gradient(metric, gradient)
+    return to_boundary(natural_gradient(metric, gradient), metric, radius=radius)
+
+
+def to_boundary(direction: Tensor, metric: Tensor, *, radius: float) -> Tensor:
+    """The multiple s > 0 of a direction [P] with sᵀMs = radius²: of KL δ in the quadratic model if radius is √(2δ)."""
     return radius * direction / metric_distance(direction, metric).sqrt()
