@@ -21,7 +21,8 @@ from trpo.trainer import Trainer
 def main() -> int:
     args = _parse()
     config, resume = _settings(args)
-    trainer = Trainer(config, root=args.root, resume=resume)
+    start_from = None if args.resume == "auto" and resume else args.start_from
+    trainer = Trainer(config, root=args.root, resume=resume, start_from=start_from)
     result = trainer.train()
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")
@@ -56,6 +57,12 @@ def _parse() -> argparse.Namespace:
         metavar="RUN|auto",
         help="go on in a run directory; auto: the newest run of the config's environment, name and seed, if there is "
         "one, which has to have its settings",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="POLICY",
+        help="begin a new run with a saved policy, not with a random one: pretrained/Hopper-v5, or another run",
     )
     parser.add_argument("--root", default="runs", metavar="DIR", help="where runs are kept (default: runs)")
     return parser.parse_args()

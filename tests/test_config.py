@@ -399,7 +399,7 @@ def test_a_python_tag_runs_nothing(tag: str, tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pendulum.yaml").write_text(ENV)
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
 
@@ -410,6 +410,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
     missing = tmp_path / "pendulm.yaml"
     assert message(missing) == f"{missing}: no such file; did you mean {tmp_path / 'pendulum.yaml'}?"
+    assert message(tmp_path / "pong.yaml") == f"{tmp_path / 'pong.yaml'}: no such file"  # though most of the path is
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert message("hopper") == f"hopper: no such file; did you mean {Path('configs', 'hopper.yaml')}?"
     assert message(tmp_path) == f"{tmp_path}: is a directory; name a YAML file"
     assert message(tmp_path / "latin.yaml").endswith("latin.yaml: is not UTF-8 text (byte 0xe9 at offset 9)")
     assert message(tmp_path / "pendulum.yaml" / "x").endswith("cannot be read: Not a directory")

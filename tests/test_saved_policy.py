@@ -304,3 +304,57 @@ def test_settings_that_name_no_code_are_given(tmp_path):
     env = {"id": "Hopper-v5", "kwargs": {"healthy_z_range": [0.5, 2.0], "xml_file": "hopper.xml"}}
     policy = saved(tmp_path, "box", env=env)
     assert policy.environment() == policy.config.env
+
+
+GAUSSIAN = {"hidden_sizes": (8, 8), "bins": None}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_policy_to_start_from_acts_as_it_did(space, tmp_path):
+    origin = saved(tmp_path, space)
+    # What shapes no function of the parameters may be another.
+    config = config_for(
+        dtype="float64", policy={"hidden_sizes": (8, 8), "std": {"initial": 0.7}, "noise_exponent": 0.0}
+    )
+    policy = random_policy(config, OBS_DIM, SPACES[space], seed=9)
+    origin.copy_to(policy, config, SPACES[space])
+    obs = torch.from_numpy(observations())
+    assert torch.equal(policy(policy.normalizer(obs)), origin.policy(origin.policy.normalizer(obs)))
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "given", "problem"),
+    [
+        ({}, {"policy": {"hidden_sizes": (8, 9)}}, r"policy.hidden_sizes: \[8, 8\] → \[8, 9\]"),
+        ({}, {"policy": {"hidden_sizes": (8, 8), "activation": "relu"}}, 'policy.activation: "tanh" → "relu"'),
+        ({}, {"policy": {"hidden_sizes": (8, 8), "bins": 7}}, "policy.bins: 11 → 7"),
+        ({}, {"normalize": {"observations": False}}, "normalize.observations: true → false"),
+        ({"policy": GAUSSIAN}, {"policy": {**GAUSSIAN, "std": {"min": 0.2}}}, "policy.std.min: 0.1 → 0.2"),
+        ({"policy": GAUSSIAN}, {"policy": {**GAUSSIAN, "std": 0.5}}, r"policy.std: .* → 0.5"),
+    ],
+)
+def test_a_policy_of_another_kind_is_none_to_start_from(saved_with, given, problem, tmp_path):
+    origin = saved(tmp_path, "box_float64", **saved_with)
+    config = config_for(dtype="float64", **given)
+    policy = random_policy(config, OBS_DIM, origin.action_space)
+    before = policy.theta.vector.clone()
+    with pytest.raises(CheckpointError, match=f"the settings of the policy differ .{problem}"):
+        origin.copy_to(policy, config, origin.action_space)
+    assert torch.equal(policy.theta.vector, before)
+
+
+def test_a_given_std_may_be_another_than_that_of_the_policy_to_start_from(tmp_path):
+    origin = saved(tmp_path, "box", policy={**GAUSSIAN, "std": 0.5})
+    config = config_for(dtype="float64", policy={**GAUSSIAN, "std": 0.3})
+    policy = random_policy(config, OBS_DIM, SPACES["box"], seed=9)
+    origin.copy_to(policy, config, SPACES["box"])
+    assert torch.equal(policy.theta.vector, origin.policy.theta.vector)
+
+
+def test_a_policy_of_other_spaces_is_none_to_start_from(tmp_path):
+    origin = saved(tmp_path, "box")
+    wider, other = random_policy(origin.config, OBS_DIM + 1, SPACES["box"]), SPACES["discrete"]
+    with pytest.raises(CheckpointError, match=r"observes 5 numbers, the environment gives 6"):
+        origin.copy_to(wider, origin.config, SPACES["box"])
+    with pytest.raises(CheckpointError, match=r"(?s)its actions are Box.*, the environment's Discrete"):
+        origin.copy_to(random_policy(origin.config, OBS_DIM, other), origin.config, other)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import Outcome, one_line, run_process, run_script
+from commands import PROJECT, Outcome, one_line, run_process, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trpo.checkpoint import checkpoint_paths
@@ -161,6 +161,8 @@ def test_best_is_the_policy_with_the_highest_mean(trained):
         (("--config", "{tmp}/tiny.yaml", "--set", "env.id=CartPool-v1"), "CartPole-v1"),
         (("--config", "{tmp}/tiny.yaml", "--device", "cuda:99"), "cuda:99"),
         (("--config", "{tmp}/tiny.yaml", "--root", "{tmp}/tiny.yaml"), "cannot make a run"),
+        (("--config", "{tmp}/tiny.yaml", "--from", "{tmp}/nowhere"), "no such file or directory"),
+        (("--config", "{tmp}/tiny.yaml", "--from", str(PROJECT / "pretrained/Hopper-v5")), "it observes 11 numbers"),
         (("--resume", "{tmp}"), "is not a run: it has no config.yaml"),
         ((), "--config"),
         (("--env", "CartPool-v1"), "CartPole-v1"),

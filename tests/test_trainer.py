@@ -18,6 +18,7 @@ from trpo.config_file import load_config
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import UserError
 from trpo.natural_gradient import Outcome
+from trpo.saved_policy import load_policy
 from trpo.trainer import Trainer
 
 
@@ -222,3 +223,17 @@ def test_a_given_std_acts_from_its_first_value_to_its_last(tmp_path: Path) -> No
         for _ in range(3):
             source._iteration()
     assert acted == pytest.approx([0.5, 0.3, 0.1], rel=1e-6)  # float32
+
+
+def test_a_run_may_start_from_the_policy_of_another(tmp_path: Path) -> None:
+    origin = load_policy(trainer(tmp_path, updates=2).train().directory)
+    with closing(
+        Trainer(origin.config.model_copy(update={"seed": 5}), root=tmp_path, console=False, start_from=origin.path)
+    ) as new:
+        assert torch.equal(new.agent.policy.theta.vector, origin.policy.theta.vector)
+        assert f"starts from {origin.path}, a policy of Pendulum-v1" in (new.run.path / "log.txt").read_text()
+        rollout, _ = new.collector.collect()
+        noise = new.collector.noise
+        assert torch.equal(rollout.action[0], origin.policy.sample(rollout.obs[0], noise[0]))
+        with pytest.raises(UserError, match="a run that goes on has a policy already"):
+            Trainer(origin.config, root=tmp_path, console=False, resume=new.run.path, start_from=origin.path)

@@ -10,12 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from trpo.config import Config
-from trpo.errors import ConfigError
+from trpo.errors import ConfigError, did_you_mean, nearest_path
 from trpo.settings_schema import (
     Schema,
     branches,
     describe,
-    did_you_mean,
     first_required,
     is_list,
     is_section,
@@ -59,8 +58,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise config_error(str(path), (), f"is not UTF-8 text ({byte})") from None
     except FileNotFoundError:
-        near = difflib.get_close_matches(str(path), [str(sibling) for sibling in path.parent.glob("*.yaml")], n=1)
-        raise config_error(str(path), (), f"no such file{did_you_mean(near)}") from None
+        others = (file for directory in (Path("configs"), path.parent) for file in directory.glob("*.yaml"))
+        raise config_error(str(path), (), f"no such file{nearest_path(path, others)}") from None
     except IsADirectoryError:
         raise config_error(str(path), (), "is a directory; name a YAML file") from None
     except (OSError, ValueError) as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -35,6 +37,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+def did_you_mean(candidates: Iterable[object]) -> str:
+    """The end of an error line; empty without candidates."""
+    text = " or ".join(map(str, candidates))
+    return f"; did you mean {text}?" if text else ""
+
+
+def nearest_path(missing: Path, others: Iterable[Path]) -> str:
+    """`did_you_mean` that path among the others whose name is most like the missing one's, if any is."""
+    by_stem = {path.stem: path for path in others}  # a suffix that all have would make any two alike
+    return did_you_mean(by_stem[stem] for stem in difflib.get_close_matches(missing.stem, by_stem, n=1))
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trpo.config_file import load_config
-from trpo.errors import UserError
+from trpo.errors import UserError, did_you_mean, nearest_path
 from trpo.metric_files import read_table
 from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
 from trpo.seed_statistics import Array, bootstrap_interval
@@ -111,7 +111,7 @@ def find_runs(directories: Sequence[Path]) -> list[Path]:
     runs: dict[Path, Path] = {}
     for directory in directories:
         if not directory.is_dir():
-            raise UserError(f"no such run: {directory} is not a directory{_hint(directory)}")
+            raise UserError(f"no such run: {directory} is not a directory{_meant(directory)}")
         here = [directory] if (directory / PROGRESS_FILE).is_file() else []
         found = here or [path.parent for path in directory.rglob(PROGRESS_FILE)]
         found = [run for run in found if (run / CONFIG_FILE).is_file()]
@@ -285,13 +285,11 @@ def _points(rows: Iterable[list[str]], column: int, path: Path) -> Array:
 def _near(metric: str, columns: Sequence[str]) -> str:
     """What else there is: the nearest columns, or all of them where none is near."""
     if near := difflib.get_close_matches(metric, columns, n=3):
-        return f"; did you mean {', '.join(near)}?"
+        return did_you_mean(near)
     return f"; there are {', '.join(columns)}" if columns else "; it holds no metric yet"
 
 
-def _hint(directory: Path) -> str:
+def _meant(directory: Path) -> str:
     """The nearest name beside a directory that does not exist."""
     parent = directory.parent
-    names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(directory.name, names, n=1)
-    return f"; did you mean {parent / near[0]}?" if near else ""
+    return nearest_path(directory, parent.iterdir() if parent.is_dir() else ())

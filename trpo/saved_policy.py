@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,27 @@ from gymnasium import spaces
 from torch import Tensor
 
 from trpo.checkpoint import MANIFEST_FILE, checkpoint_paths, load_state, save_state
-from trpo.config import Config, EnvConfig
+from trpo.config import Config, EnvConfig, LearnedStdConfig
+from trpo.config_difference import config_difference
 from trpo.device import resolve_device
 from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.spaces import ActionEncoding
-from trpo.errors import CheckpointError, EnvError
+from trpo.errors import CheckpointError, EnvError, did_you_mean, nearest_path
 from trpo.policy import Policy, build_policy
-from trpo.settings_schema import did_you_mean
 
 KIND = "trpo policy"
+
+# Settings that make another function, or none, of the same parameters. Whether σ is learned is one more.
+_SHAPING = (
+    "policy.hidden_sizes",
+    "policy.activation",
+    "policy.bins",
+    "policy.std.min",
+    "policy.std.max",
+    "policy.std.state_dependent",
+    "normalize.observations",
+    "normalize.clip_observations",
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,29 @@ class SavedPolicy:
         encoding = ActionEncoding.of(self.action_space)
         native = encoding.native(encoded.cpu().numpy())
         return encoding.batched(native) if observation.ndim == 2 else encoding.single(native[0])
+
+    def copy_to(self, policy: Policy, config: Config, action_space: spaces.Space[Any]) -> None:
+        """Gives another policy, built from `config`, all parameters and the observation statistics of this one.
+
+        Raises:
+            CheckpointError: with these it would not act as this one: what differs.
+        """
+        obs_dim = policy.normalizer.moments.mean.shape[0]
+        other_std = isinstance(self.config.policy.std, LearnedStdConfig) != isinstance(
+            config.policy.std, LearnedStdConfig
+        )
+        shaping = (*_SHAPING, "policy.std:") if other_std else _SHAPING
+        differences = [line for line in config_difference(self.config, config) if line.startswith(shaping)]
+        if self.obs_dim != obs_dim:
+            problem = f"it observes {self.obs_dim} numbers, the environment gives {obs_dim}"
+        elif self.action_space != action_space:
+            problem = f"its actions are {self.action_space}, the environment's {action_space}"
+        elif differences:
+            problem = f"the settings of the policy differ ({'; '.join(differences)}); set what it was saved with"
+        else:
+            policy.load_state_dict(self.policy.state_dict())
+            return
+        raise CheckpointError(f"{self.path} is no policy to start from here: {problem}")
 
     def _noise(self, rows: int, generator: torch.Generator | None) -> Tensor:
         # Drawn on the CPU, so that a seed gives the same actions whatever the device.
@@ -183,8 +217,7 @@ def decode_space(data: dict[str, Any]) -> spaces.Space[Any]:
 def _policy_directory(path: Path) -> Path:
     """`path` itself if it is a policy, else the one to take of the run at `path`."""
     if not path.exists():
-        near = get_close_matches(path.name, [beside.name for beside in _directories(path.parent)], n=1)
-        meant = did_you_mean(str(path.with_name(name)) for name in near)
+        meant = nearest_path(path, _directories(path.parent))
         raise CheckpointError(f"{path}: no such file or directory; give a run directory or a saved policy{meant}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a run directory or a saved policy, which is a directory too")
@@ -202,7 +235,7 @@ def _policy_directory(path: Path) -> Path:
         raise CheckpointError(f"the run {path} has saved no policy yet; {how}")
     policies = [found for run in _directories(path) for found in (run / "final", run / "best") if found.is_dir()]
     newest = sorted(policies, key=lambda found: found.stat().st_mtime)[-1:]
-    meant = did_you_mean(str(found.parent) for found in newest)
+    meant = did_you_mean(found.parent for found in newest)
     raise CheckpointError(f"{path} holds no policy; give a run directory or a saved policy{meant}")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
 
 from trpo.config import Config
+from trpo.errors import did_you_mean
 from trpo.strict_yaml import KeyPath, clip, dotted, show
 
 Schema: TypeAlias = dict[str, Any]
@@ -62,12 +63,6 @@ def first_required(path: KeyPath) -> KeyPath:
 def unknown_setting(path: KeyPath) -> str:
     """What is wrong with a path that is no setting, with the nearest that is one."""
     return f"unknown setting{did_you_mean(_suggestions(path))}"
-
-
-def did_you_mean(candidates: Iterable[str]) -> str:
-    """The end of an error line; empty without candidates."""
-    text = " or ".join(candidates)
-    return f"; did you mean {text}?" if text else ""
 
 
 def branches(schema: Schema) -> list[Schema]:

@@ -65,6 +65,7 @@ class Trainer:
         config: all settings.
         root: where run directories are made.
         resume: a run directory to go on in, from its newest valid checkpoint.
+        start_from: a saved policy, or a run that has one, to begin a new run with; V is new all the same.
         console: show progress.
         env: environments made by hand, as many as this process's share, in place of those `config.env` describes;
             the evaluations are still of `config.env`.
@@ -79,6 +80,7 @@ class Trainer:
         *,
         root: str | Path = "runs",
         resume: str | Path | None = None,
+        start_from: str | Path | None = None,
         console: bool = True,
         env: BatchEnv | None = None,
         on_update: Callable[[Trainer, UpdateReport], bool | None] | None = None,
@@ -98,6 +100,9 @@ class Trainer:
         self._closed = False
         self.writer: MetricsWriter | None = None
         self._lock: RunLock | None = None
+        if resume and start_from:
+            raise UserError(f"a run that goes on has a policy already: {start_from} is for new ones")
+        self._origin = load_policy(start_from) if start_from else None
         self.group = join_group(self.device)
         if config.threads:
             torch.set_num_threads(config.threads - fits_beside(config, self.group, self.device))
@@ -131,6 +136,8 @@ class Trainer:
             group=self.group,
             device=self.device,
         )
+        if self._origin is not None:
+            self._origin.copy_to(self.agent.policy, config, self.action_space)
         self.collector = Collector(
             env,
             self.agent.policy,
@@ -180,6 +187,8 @@ class Trainer:
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
+        if self._origin is not None:
+            self._say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
         for idle in without_effect(self.config):
             self._say(f"note: no effect: {idle}")
         if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):

@@ -15,7 +15,7 @@ from gymnasium.wrappers import FlattenObservation
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs.mujoco_warnings import warn_once
 from trpo.envs.spaces import ActionEncoding, check_observation_space, is_flat
-from trpo.errors import EnvError
+from trpo.errors import EnvError, did_you_mean
 
 
 def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
@@ -65,11 +65,8 @@ def _make(config: EnvConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]
 def _unknown_id(env_id: str, error: Exception) -> str:
     name = env_id.rpartition(":")[2]
     near = difflib.get_close_matches(name, gymnasium.registry.keys(), n=3)
-    if near:
-        return f"env.id: no environment {env_id!r} is registered; did you mean {' or '.join(near)}?"
-    return (
-        f"env.id: no environment {env_id!r} is registered; if a package registers it, write `module:{name}` ({error})"
-    )
+    hint = did_you_mean(near) or f"; if a package registers it, write `module:{name}` ({error})"
+    return f"env.id: no environment {env_id!r} is registered{hint}"
 
 
 def _missing_package(env_id: str, error: Exception) -> str:
