@@ -27,9 +27,8 @@ def main() -> int:
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")
         trust = " --trust-code" if named_code(config.env) else ""
-        print(
-            f"saved in {result.directory}; evaluate it with: {_python()} scripts/evaluate.py {result.directory}{trust}"
-        )
+        script = os.path.relpath(Path(__file__).with_name("evaluate.py"))
+        print(f"saved in {result.directory}; evaluate it with: {_python()} {script} {result.directory}{trust}")
     return result.exit_status
 
 
@@ -87,6 +86,9 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
         raise UserError("say what to train: --config FILE, for example configs/pendulum.yaml, or --env ID")
     else:
         run = find_run(Path(args.root), given) if args.resume else None
+        if args.resume and run is None:
+            which = f"{given.env.id}, name {given.name}, seed {given.seed}"
+            print(f"no run of {which} to go on with in {args.root}: begins a new one")
         if run is None:
             return given, None
     assert run is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 from pathlib import Path
@@ -141,11 +142,92 @@ class Observing(gymnasium.Env[Any, Any]):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
-class OwnRandomness(Counting):
-    """Draws from the operating system: no two episodes are alike."""
+class Drawing(gymnasium.Env[Any, Any]):
+    """Observes [a number drawn at each reset, step]."""
 
-    def observe(self) -> Any:
-        return super().observe() + int.from_bytes(os.urandom(4))
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = Discrete(2)
+
+    def draw(self) -> float:
+        return float(self.np_random.random())
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.drawn, self.steps = self.draw(), 0
+        return np.array([self.drawn, 0.0]), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return np.array([self.drawn, self.steps]), 1.0, False, self.steps == 5, {}
+
+
+class OwnRandomness(Drawing):
+    """First reset with the seed `only` it draws from the operating system: no two episodes are alike."""
+
+    def __init__(self, only: int, marker: str) -> None:
+        self.only = only
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.odd = seed == self.only
+        return super().reset(seed=seed)
+
+    def draw(self) -> float:
+        return float(int.from_bytes(os.urandom(4))) if self.odd else super().draw()
+
+
+class Amnesiac(Drawing):
+    """Reset with the seed `only` once more, as the file `marker` remembers, it fails in its first step."""
+
+    def __init__(self, only: int, marker: str) -> None:
+        self.only, self.marker, self.again = only, Path(marker), False
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        if seed == self.only:
+            self.again = self.marker.exists()
+            self.marker.touch()
+        elif seed is not None:
+            self.again = False
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> Any:
+        if self.again:
+            raise RuntimeError("seen it all")
+        return super().step(action)
+
+
+class RaisesAfter(Drawing):
+    """Raises after so many steps, all episodes together, unless the file `marker` says that one has before."""
+
+    def __init__(self, steps: int, marker: str) -> None:
+        self.left, self.marker = steps, Path(marker)
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        if self.left < 0 and not self.marker.exists():
+            self.marker.touch()
+            raise RuntimeError("out of fuel")
+        return super().step(action)
+
+
+class OldGenerator(Drawing):
+    """Has a generator of numpy's old kind, as dm_control's environments do, or one that is not numpy's."""
+
+    def __init__(self, known: bool = True) -> None:
+        self.kind: Any = np.random.RandomState if known else random.Random
+        self.generator = self.kind(0)
+
+    @property
+    def np_random(self) -> Any:
+        return self.generator
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        if seed is not None:
+            self.generator = self.kind(seed)
+        self.drawn, self.steps = self.draw(), 0
+        return np.array([self.drawn, 0.0]), {}
+
+    def draw(self) -> float:
+        return float(self.generator.random())
 
 
 class AddTen(gymnasium.ObservationWrapper[Any, Any, Any]):
@@ -157,5 +239,5 @@ class AddTen(gymnasium.ObservationWrapper[Any, Any, Any]):
         return observation + 10.0 * self.times
 
 
-for _class in (Counting, Faulty, FirstDiffers, Echo, Observing, OwnRandomness):
+for _class in (Counting, Faulty, FirstDiffers, Echo, Observing, OwnRandomness, Amnesiac, RaisesAfter, OldGenerator):
     gymnasium.register(f"{_class.__name__}-v0", entry_point=_class)

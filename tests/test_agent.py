@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from helpers import randn, seeded
+from helpers import randn, seeded, torch_kl
 
 import trpo.agent
 from trpo.advantages import gae, standardize
@@ -242,3 +242,19 @@ def test_the_bound_cools_down_at_the_end() -> None:
     for progress, bound in [(0.0, 0.004), (0.5, 0.003), (0.75, 0.0025 * 0.55), (1.0, 0.0002)]:
         step = agent.update(make_rollout(), progress=progress, timers=PhaseTimers()).step
         assert step.max_kl == pytest.approx(bound, rel=1e-12)
+
+
+def test_what_the_normaliser_moves_is_the_kl_between_the_policy_before_and_after_it() -> None:
+    agent, rollout = make_agent(), make_rollout()
+    for _ in range(2):  # the second time statistics move from those of one rollout to those of two
+        rollout = replace(rollout, obs=3 * rollout.obs + 1)
+        report = agent.update(rollout, progress=0.0, timers=PhaseTimers())
+    policy, raw = agent.policy, rollout.obs.flatten(0, 1)
+    first = copy.deepcopy(policy.normalizer)
+    first.moments = type(first.moments)(OBS)
+    first.moments.update(3 * make_rollout().obs.flatten(0, 1) + 1)
+    first.refresh()
+    with torch.no_grad():
+        p, q = policy(first(raw)), policy(policy.normalizer(raw))
+    expected = float(torch_kl(policy.distribution, p, q).mean())
+    assert expected > 1e-6 and report.normalizer_kl == pytest.approx(expected, rel=1e-9)

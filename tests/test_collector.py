@@ -33,7 +33,6 @@ class CounterEnvs:
     device = torch.device("cpu")
     single_observation_space = spaces.Box(-math.inf, math.inf, (OBS_DIM,))
     single_action_space = spaces.Box(-1, 1, (2,))
-    autoreset = "same_step"
     exact_resume = True
 
     def __init__(self, num_envs: int, *, first: int = 0, reset_rows: bool = False):

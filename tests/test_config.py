@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trpo.config import Config, LearnedStdConfig, Schedule
+from trpo.config import Config, FractionSchedule, LearnedStdConfig, Schedule
 from trpo.config_file import dump_config, load_config, parse_config
 from trpo.errors import ConfigError, UserError
 from trpo.settings_schema import describe, settings_table, words
@@ -232,7 +232,7 @@ TEXT_ERRORS = {
     "std bounds crossed": ("policy: {std: {min: 30}}", "2: policy.std.min: must be below max 20.0, not 30.0"),
     "std of a Gaussian for bins": (
         "policy:\n  bins: 11\n  std: {initial: 0.6, min: 0.05}",
-        "3: policy.bins: must be null, for a Gaussian policy, where policy.std gives more than initial",
+        "3: policy.bins: must be null, a Gaussian policy, where policy.std is more than initial: bins have no other σ",
     ),
     "a preconditioner without damping": (
         "natural_gradient:\n  preconditioner: kronecker\n  damping: 0",
@@ -338,12 +338,13 @@ def test_error_in_a_whole_file(text: str, message: str) -> None:
         ("policy=3", f"policy: is a section ({SECTION}), not 3"),
         ("gae={gama: 1}", "gae.gama: unknown setting; did you mean gae.gamma?"),
         ("gae={gamma: 1, gamma: 1}", "gae.gamma: given twice; the first is on line 1"),
-        ("natural_gradient.max_kl.start=1", "natural_gradient.max_kl.end: is required: a number > 0"),
+        ("policy.std.start=1", "policy.std.end: is required: a number > 0"),
         (
             "seed=[1",
             "seed: is not valid YAML: while parsing a flow sequence, expected ',' or ']', but got '<stream end>'",
         ),
         ("env.wrappers.0.name=a:B", "env.wrappers: is a list: give the whole of it"),
+        ("env.wrappers[0].name=a:B", "env.wrappers: is a list: give the whole of it"),
         ("env.kwargs.k=off", 'env.kwargs.k: off is text in YAML: write false, or "off" for the text'),
         ("batch_size=33", "batch_size: 33 is not a multiple of env.num_envs 16; 48 is"),
         (
@@ -354,6 +355,15 @@ def test_error_in_a_whole_file(text: str, message: str) -> None:
 )
 def test_error_in_an_override(override: str, message: str) -> None:
     assert error_of(ENV, override) == f"override {override}: {message}"
+
+
+def test_an_override_of_one_number_of_a_schedule_leaves_the_others() -> None:
+    config = parse_config(ENV, overrides=["natural_gradient.max_kl.start=0.1", "gae.gamma.shape=linear"])
+    assert config.natural_gradient.max_kl == Schedule(start=0.1, end=0.0034)
+    assert config.gae.gamma == FractionSchedule(start=0.99, end=0.995)
+    text = ENV + "natural_gradient: {max_kl: {start: 0.03, end: 0.02, shape: cosine}}\n"
+    given = parse_config(text, overrides=["natural_gradient.max_kl.end=0.01"])
+    assert given.natural_gradient.max_kl == Schedule(start=0.03, end=0.01, shape="cosine")
 
 
 def test_an_override_does_not_hide_a_broken_section() -> None:

@@ -291,3 +291,25 @@ def test_bins_make_a_bounded_box_ordinal_and_leave_other_spaces_alone() -> None:
 def test_an_unsupported_action_space_is_named() -> None:
     with pytest.raises(EnvError, match=r"action space Text is not supported; wrap the environment"):
         distribution_for(spaces.Text(3))
+
+
+def test_an_ordinal_policy_starts_wide_enough_to_try_the_values_beside_the_middle() -> None:
+    """However wide the bounds are beside σ, which is in the unit of the actions."""
+    space = spaces.Box(np.array([-1.0, -50.0, -1e6]), np.array([1.0, 50.0, 1e6]), dtype=np.float64)
+    family = Ordinal(space, 11)
+    drawn = draw(family, family.normal(0.4).expand(SAMPLES, -1))
+    # Values 0.2, 10 and 2e5 apart. By hand, σ over that is 2, cut at ±5, and where they lie farther apart 1.
+    p = torch.exp(-0.5 * torch.arange(-5.0, 6.0, dtype=F64).square() / torch.tensor([4.0, 1.0, 1.0])[:, None])
+    variance = (p / p.sum(-1, keepdim=True) * torch.arange(-5.0, 6.0, dtype=F64).square()).sum(-1)
+    std = variance.sqrt() * torch.tensor([0.2, 10.0, 2e5], dtype=F64)
+    # Four standard errors of a normal's; tails that are cut have smaller ones.
+    assert ((drawn.std(0) - std).abs() <= 4 * std / math.sqrt(2 * SAMPLES)).all()
+
+
+def test_a_component_of_one_value_only_teaches_nothing_and_breaks_nothing() -> None:
+    family = Ordinal(spaces.Box(np.array([-1.0, 0.5]), np.array([1.0, 0.5]), dtype=np.float64), 5)
+    eta = randn(40, family.param_dim)
+    action = draw(family, eta)
+    assert (action[:, 1] == 0.5).all() and torch.equal(family.mode(eta)[:, 1], torch.full((40,), 0.5, dtype=F64))
+    for numbers in (family.normal(0.3), family.log_prob(eta, action), family.score(eta, action)):
+        assert numbers.isfinite().all()

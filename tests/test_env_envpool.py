@@ -60,7 +60,6 @@ class TestSteps:
         self, env_id: str, fake: list[FakePool]
     ) -> None:
         envs, singles = make(env_id), [gymnasium.make(env_id) for _ in SEEDS]
-        assert envs.autoreset == "next_step"
         last = [env.reset(seed=seed)[0] for env, seed in zip(singles, SEEDS, strict=True)]
         assert np.array_equal(envs.reset(), last)
         ended, resets = [False] * 3, 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import faulty_envs
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs import make_envs, make_single_env
+from trpo.envs.replay import needs_fresh_environment
 from trpo.envs.shard import EnvShard
 from trpo.envs.single import success_of
 from trpo.envs.spaces import ActionEncoding
@@ -431,11 +434,64 @@ class TestExactResume:
         assert state["envs"][0]["obs"][:2].tolist() == [0, 1]
         assert state["envs"][0]["actions"].tolist() == [[0]]
 
-    def test_an_environment_that_cannot_be_replayed_says_so(self) -> None:
-        envs = make_envs(tiny("OwnRandomness"), [0])
+    @pytest.mark.parametrize("backend", ["gymnasium", "gymnasium-async"])
+    @pytest.mark.parametrize(
+        ("fault", "why"),
+        [
+            ("OwnRandomness", "environment 1 did not come back to its recorded observation .* random numbers outside"),
+            (
+                "Amnesiac",
+                r"environment 1 raised RuntimeError: seen it all \(.*faulty_envs.py:\d+\) while its episode was",
+            ),
+        ],
+    )
+    def test_what_cannot_be_replayed_begins_new_episodes_and_says_why(
+        self, fault: str, why: str, backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        kwargs = {"only": 6, "marker": str(tmp_path / "marker")}
+        settings = EnvConfig(id=f"faulty_envs:{fault}-v0", backend=backend, workers=2, kwargs=kwargs)
+        envs, anew = (make_envs(settings, [5, 6]) for _ in range(2))
+        action = torch.zeros(2, 1, dtype=torch.int64)
+        first = envs.reset().clone()
+        for _ in range(2):
+            envs.step(action)
+        obs = anew.load_state_dict(through_json(envs.state_dict())).clone()
+        assert envs.exact_resume and not anew.exact_resume
+        (record,) = caplog.records
+        assert re.fullmatch(f"{why}.*; the run goes on with new episodes", record.getMessage())
+        assert obs[:, 1].tolist() == [0, 0] and not (obs[:, 0] == first[:, 0]).any()  # with seeds of their own
+        assert anew.step(action).next_obs.tolist() == [[obs[0, 0], 1], [obs[1, 0], 1]]
+        envs.close()
+        anew.close()
+
+    def test_an_old_generator_of_numpys_is_restored_too(self) -> None:
+        envs, restored = (make_envs(tiny("OldGenerator"), [seed]) for seed in (3, 4))
         envs.reset()
-        with pytest.raises(EnvError, match=r"environment 0 did not come back .* exact resume is impossible"):
-            make_envs(tiny("OwnRandomness"), [0]).load_state_dict(envs.state_dict())
+        actions = random_actions(envs.single_action_space, 60, 1)
+        for action in actions[:31]:  # some episodes later, whose reset had no seed
+            envs.step(action)
+        restored.load_state_dict(through_json(envs.state_dict()))
+        assert restored.exact_resume
+        for action in actions[31:]:
+            assert torch.equal(envs.step(action).reset_obs, restored.step(action).reset_obs)
+
+    def test_one_whose_generator_is_nobody_knows_what_trains_and_is_not_restored(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        envs, restored = (make_envs(tiny("OldGenerator", known=False), [seed]) for seed in (3, 4))
+        envs.reset()
+        for action in random_actions(envs.single_action_space, 31, 1):
+            envs.step(action)
+        restored.load_state_dict(through_json(envs.state_dict()))
+        assert not restored.exact_resume and "did not come back" in caplog.text
+
+    def test_whose_world_outlives_its_reset_starts_each_episode_anew_under_other_names_too(self) -> None:
+        from gymnasium.envs.box2d import BipedalWalker
+
+        class MyWalker(BipedalWalker):
+            pass
+
+        assert needs_fresh_environment(MyWalker()) and not needs_fresh_environment(faulty_envs.Counting())
 
     def test_another_number_of_environments_is_refused(self) -> None:
         envs = make_envs(tiny("Counting"), [0, 1])
@@ -484,7 +540,7 @@ class TestVectorEnvAdapter:
         envs = self.counting(mode, (3, 3))
         oracle = make_envs(tiny("Counting", length=3), [0, 1])
         assert torch.equal(envs.reset(), oracle.reset())
-        assert envs.autoreset == "same_step" and not envs.exact_resume
+        assert not envs.exact_resume
         action = torch.zeros(2, 1, dtype=torch.int64)
         for _ in range(8):
             step, expected = envs.step(action), oracle.step(action)
@@ -506,7 +562,6 @@ class TestVectorEnvAdapter:
     def test_rows_after_an_end_are_resets_in_next_step_mode(self) -> None:
         envs = self.counting(AutoresetMode.NEXT_STEP)
         envs.reset()
-        assert envs.autoreset == "next_step"
         seen = []
         for _ in range(5):
             step = envs.step(torch.zeros(2, 1, dtype=torch.int64))
@@ -533,13 +588,19 @@ class TestVectorEnvAdapter:
     @pytest.mark.parametrize(
         ("given", "success"), [(True, 1.0), (np.float32(0.5), 0.5), (np.array([1]), 1.0), (None, np.nan)]
     )
-    def test_success_is_a_number_or_none(self, given: Any, success: float) -> None:
-        assert np.array_equal(success_of(given), success, equal_nan=True)
+    @pytest.mark.parametrize("key", ["is_success", "success"])
+    def test_success_is_a_number_or_none(self, key: str, given: Any, success: float) -> None:
+        assert np.array_equal(success_of({key: given}), success, equal_nan=True)
+
+    def test_the_first_name_of_success_comes_first(self) -> None:
+        assert success_of({"success": 0.0, "is_success": 1.0}) == 1.0
+        assert np.isnan(success_of({"success": "on Sundays"}))  # it means something else there
+        assert np.isnan(success_of({}))
 
     @pytest.mark.parametrize("given", ["yes", np.ones(2), {}])
     def test_success_of_another_kind_is_named(self, given: Any) -> None:
         with pytest.raises(EnvError, match=r"info\['is_success'\] is .*: report True, False or a number"):
-            success_of(given)
+            success_of({"is_success": given})
 
     def test_dict_observations_and_start_offset(self) -> None:
         space = Dict(b=Box(-1, 1, (2,)), a=Discrete(3))

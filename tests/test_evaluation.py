@@ -19,6 +19,7 @@ from commands import config_for, one_line, random_policy, run_process, run_scrip
 from gymnasium.spaces import Box, Discrete
 
 from trpo.config import EnvConfig, WrapperConfig
+from trpo.envs import make_single_env
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import SIDE_BY_SIDE, Evaluation, evaluate
@@ -44,6 +45,8 @@ class Task(gymnasium.Env[Any, Any]):
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
         self.steps, self.seed = 0, seed or 0
+        if self.fault == "old_reset":
+            return np.zeros(4, np.float32)
         return self.np_random.normal(size=4).astype(np.float32), {}
 
     def step(self, action: Any) -> Any:
@@ -56,6 +59,8 @@ class Task(gymnasium.Env[Any, Any]):
             reward = np.nan
         if self.steps == 3 and self.fault == "raise":
             raise ZeroDivisionError("pole at zero")
+        if self.fault == "old_step":
+            return obs, reward, over, {}
         return obs, reward, over, False, {"is_success": self.seed % 2 == 0} if over else {}
 
     def render(self) -> Any:
@@ -427,3 +432,33 @@ def test_command_imports_what_the_policy_names_only_when_told_to(script, tmp_pat
     allowed = script(saved.path, "--episodes", 2, "--trust-code")
     assert allowed.status == 0 and "2 episodes" in allowed.out
     assert marker.exists()
+
+
+def test_no_more_environments_are_alive_than_training_has(monkeypatch):
+    alive, most = 0, 0
+
+    def counted(*args: Any, **kwargs: Any) -> gymnasium.Env[Any, Any]:
+        nonlocal alive, most
+        env = make_single_env(*args, **kwargs)
+        alive, most, close = alive + 1, max(most, alive + 1), env.close
+
+        def closed() -> None:
+            nonlocal alive
+            alive -= 1
+            close()
+
+        env.close = closed
+        return env
+
+    policy, env, space = policy_for("EvaluationTask-v0")
+    together = evaluate(policy, env, space, episodes=7, seed=4, deterministic=False)
+    monkeypatch.setattr("trpo.evaluation.make_single_env", counted)
+    few = evaluate(policy, env.model_copy(update={"num_envs": 3}), space, episodes=7, seed=4, deterministic=False)
+    assert (alive, most) == (0, 3) and few == together
+
+
+@pytest.mark.parametrize("fault", ["old_reset", "old_step"])
+def test_an_environment_of_gyms_old_interface_is_told_of_the_new_one(fault):
+    policy, env, space = policy_for("EvaluationTask-v0", fault=fault)
+    with pytest.raises(EnvError, match=r"reset\(\) has to return \(observation, info\), and step\(\)"):
+        evaluate(policy, env, space, episodes=1, seed=0)

@@ -146,9 +146,10 @@ def test_auto_takes_the_newest_valid_checkpoint_of_the_newest_run_that_has_one(
     newest = checkpoint_paths(newer / "checkpoints")[0]
     (newest / "tensors.safetensors").write_bytes((newest / "tensors.safetensors").read_bytes()[:-1])
     arguments = ("--config", undisturbed / "config.yaml", "--root", root, "--resume", "auto")
-    with pytest.warns(UserWarning, match=f"skipped a damaged checkpoint: cannot load checkpoint {newest}"):
-        outcome = run_script("train.py", *arguments, capture=capsys, patch=monkeypatch)
+    outcome = run_script("train.py", *arguments, capture=capsys, patch=monkeypatch)
     assert outcome.status == 0 and outcome.err == ""
+    said = f"warning: skipped a damaged checkpoint: cannot load checkpoint {newest}"
+    assert said in outcome.out and said in (newer / "log.txt").read_text()
     assert_same_run(undisturbed, newer)
     assert len(checkpoint_paths(older / "checkpoints")) == 1 and not (older / "final").exists()
     assert not any(empty.glob("checkpoints/*"))
@@ -215,8 +216,7 @@ def test_changed_settings_are_refused_unless_asked_for_and_then_shown(
     ("env", "problem"),
     [
         ({"id": "Acrobot-v1"}, "does not fit this config"),
-        ({"num_envs": 6}, r"does not fit this config \(env.num_envs: 3 → 6\)"),
-        ({"wrappers": [{"name": "gymnasium.wrappers:NormalizeObservation"}]}, "did not come back"),
+        ({"num_envs": 6}, "the state holds 3 environments, this run has 6"),
     ],
 )
 def test_another_environment_is_refused(env: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -225,6 +225,37 @@ def test_another_environment_is_refused(env: dict[str, Any], problem: str, tmp_p
     with pytest.raises(UserError, match=problem):
         Trainer(other, resume=run, console=False)
     assert_same_run(train(config(), tmp_path / "a").directory, resume(run).directory)
+
+
+def test_the_name_is_the_directorys_for_good(tmp_path: Path) -> None:
+    run = train(config(), tmp_path, max_updates=1).directory
+    with pytest.raises(UserError, match="name cannot change within a run"):
+        Trainer(config(name="other"), resume=run, console=False)
+
+
+def test_what_cannot_be_replayed_goes_on_with_new_episodes_and_says_so(tmp_path: Path) -> None:
+    run = train(config(), tmp_path, max_updates=1).directory
+    wrapped = {"id": "CartPole-v1", "num_envs": 3, "wrappers": [{"name": "gymnasium.wrappers:NormalizeObservation"}]}
+    trainer = Trainer(config(env=wrapped), resume=run, console=False)
+    log = (run / "log.txt").read_text()
+    assert re.search(r"warning: environment \d did not come back .*; the run goes on with new episodes", log)
+    assert trainer.collector._running_length.tolist() == [0, 0, 0] and not trainer.agent.reward_scaler.returns.any()
+    assert trainer.train().env_steps == 384
+
+
+@pytest.mark.parametrize("backend", ["gymnasium", "gymnasium-async"])
+def test_an_environment_that_raises_costs_the_running_episodes_and_nothing_else(backend: str, tmp_path: Path) -> None:
+    env = {"id": "faulty_envs:RaisesAfter-v0", "num_envs": 3, "backend": backend, "workers": 1}
+    marker = tmp_path / "raised"
+    settings = config(env={**env, "kwargs": {"steps": 70, "marker": str(marker)}}, checkpoint={"every_steps": 10**6})
+    trainer = Trainer(settings, root=tmp_path, console=False)
+    with pytest.raises(EnvError, match="out of fuel"):
+        trainer.train()
+    run, learned = trainer.run.path, trainer.agent.policy.theta.vector
+    again = Trainer(load_config(run / "config.yaml"), resume=run, console=False)
+    assert again.env_steps == 192 and torch.equal(again.agent.policy.theta.vector, learned)
+    assert again.collector._running_length.tolist() == [0, 0, 0]
+    assert again.train().env_steps == 384
 
 
 # --- 3, 4: the disk is full ---

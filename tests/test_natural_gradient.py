@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from helpers import (
     F64,
     OBS_DIM,
     POLICIES,
+    Opaque,
     make_batch,
+    make_mlp,
     make_policy,
     randn,
     relative_error,
@@ -36,6 +40,7 @@ from trpo.natural_gradient import (
 )
 from trpo.natural_gradient.explicit import eta_function, fisher_matrix, metric_distance, natural_gradient
 from trpo.natural_gradient.kronecker import HasFactors
+from trpo.natural_gradient.line_search import LineSearchResult, backtracking_line_search
 from trpo.networks import ACTIVATIONS
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import Policy
@@ -395,3 +400,42 @@ def test_the_readmes_example_of_a_network_of_ones_own_works(capsys: pytest.Captu
         exec(example, {})
     outcome, kl, gain = capsys.readouterr().out.split()
     assert outcome == "accepted" and 0 < float(kl) <= 0.01 and float(gain) > 0
+
+
+def test_theta_ends_where_the_report_says_whichever_candidate_was_evaluated_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def looks_further(evaluate: Callable[[float], tuple[float, float]], **rest: Any) -> LineSearchResult:
+        result = backtracking_line_search(evaluate, **rest)
+        evaluate(0.1)
+        return result
+
+    plain, other = make_policy(), make_policy()
+    step(plain, make_batch(plain))
+    monkeypatch.setattr("trpo.natural_gradient.step.backtracking_line_search", looks_further)
+    assert step(other, make_batch(other)).accepted
+    assert torch.equal(plain.theta.vector, other.theta.vector)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_frozen_parameters_stay_and_the_others_take_their_own_natural_gradient_step(opaque: bool) -> None:
+    """The dense natural gradient of the free parameters alone, from the policy as a function of them."""
+    network = make_mlp([3, 6, 5, 4])
+    for parameter in network.linears[1].parameters():
+        parameter.requires_grad_(False)
+    network_or_opaque = Opaque(network) if opaque else network
+    policy = Policy(network_or_opaque, Categorical([4]), ObservationNormalizer(3, clip=10.0, dtype=F64))
+    free = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert len(policy.theta.vector) == free == (3 + 1) * 6 + (5 + 1) * 4
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    theta, batch = policy.theta.vector.clone(), make_batch(policy, size=60)
+    fisher, gradient = dense_fisher(policy, batch.obs), dense_gradient(policy, batch)
+    report = step(policy, batch, damping=1e-3, cg_iterations=2 * free, max_kl=1e-6)
+    assert report.accepted
+    for layer in (0, 2):
+        assert not torch.equal(network.linears[layer].weight, before[f"layers.{layer}.weight"])
+    assert torch.equal(network.linears[1].weight, before["layers.1.weight"])
+    expected = natural_gradient(fisher, gradient, damping=1e-3)
+    moved = policy.theta.vector - theta
+    # The direction, by a solve of a matrix of condition 1e3 or less and by CG to its end.
+    assert float(moved @ expected / moved.norm() / expected.norm()) == pytest.approx(1, abs=1e-8)

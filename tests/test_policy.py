@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from trpo.distributions import DiagonalGaussian
 from trpo.natural_gradient.explicit import eta_function
 from trpo.networks import MLP
 from trpo.normalizer import ObservationNormalizer
-from trpo.policy import GaussianHead, GivenStdHead, build_normalizer, build_policy
+from trpo.policy import GaussianHead, GivenStdHead, Policy, build_normalizer, build_policy
 
 BOUNDS = (0.01, 10.0)
 # Chains of some tens of float64 operations: units of 2.2e-16, taken a thousandfold.
@@ -273,3 +275,20 @@ def test_build_normalizer_follows_the_config() -> None:
     )
     normalizer = build_normalizer(settings, 2)
     assert (normalizer.enabled, normalizer.clip, normalizer.shift.dtype) == (False, 3.0, F64)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_copy_acts_alike_and_moves_by_itself(kind: str, again: Callable[[Policy], Policy]) -> None:
+    policy, obs = make_policy(kind), randn(5, OBS_DIM)
+    policy.normalizer.update(randn(20, OBS_DIM, seed=3))
+    other = again(policy)
+    assert torch.equal(other.mode(obs), policy.mode(obs))
+    before = policy.mode(obs)
+    other.theta.assign_(other.theta.vector + 0.1)  # its own vector, behind its own parameters
+    other.normalizer.update(9 + randn(20, OBS_DIM, seed=4))
+    assert torch.equal(policy.mode(obs), before)
+    parameters = torch.cat([p.detach().flatten() for p in other.parameters()])
+    assert torch.equal(parameters, policy.theta.vector + 0.1)
+    other.load_state_dict(policy.state_dict())  # which refreshes its own normaliser
+    assert torch.equal(other.mode(obs), before)

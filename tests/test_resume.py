@@ -130,8 +130,8 @@ def test_the_newest_checkpoint_that_is_whole_is_resumed(tmp_path, recwarn):
     data = bytearray((newest / "tensors.safetensors").read_bytes())
     data[-9] ^= 1
     (newest / "tensors.safetensors").write_bytes(data)
-    with pytest.warns(UserWarning, match="skipped a damaged checkpoint"):
-        resume(run)
+    resume(run)
+    assert "skipped a damaged checkpoint" in (run / "log.txt").read_text()
     assert_same_run(undisturbed, run)
 
 
@@ -158,7 +158,7 @@ def test_a_run_without_a_checkpoint_or_of_other_shape_is_not_resumed(tmp_path):
         Trainer(config(policy={"hidden_sizes": (4,)}), resume=run, console=False)
     for checkpoint in (run / "checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="no valid checkpoint"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
         Trainer(config(), resume=run, console=False)
 
 

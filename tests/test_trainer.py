@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from commands import config_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trpo.agent import UpdateReport
+from trpo.checkpoint import checkpoint_paths
 from trpo.colored_noise import ColoredNoise
+from trpo.config import Config
 from trpo.config_file import load_config
 from trpo.envs.vector import VectorEnvAdapter
-from trpo.errors import UserError
+from trpo.errors import EnvError, UserError
 from trpo.natural_gradient import Outcome
 from trpo.saved_policy import load_policy
 from trpo.trainer import Trainer
@@ -35,8 +38,8 @@ class Widened(gymnasium.ObservationWrapper[Any, Any, Any]):
         return np.tile(observation, 2000)
 
 
-def trainer(root: Path, *, updates: int = 3, **policy: Any) -> Trainer:
-    config = config_for(
+def trainer_config(updates: int, **policy: Any) -> Config:
+    return config_for(
         "Pendulum-v1",
         env={"id": "Pendulum-v1", "num_envs": 2},
         total_steps=64 * updates,
@@ -45,7 +48,10 @@ def trainer(root: Path, *, updates: int = 3, **policy: Any) -> Trainer:
         policy={"hidden_sizes": (8,), **policy},
         value={"hidden_sizes": (8,)},
     )
-    return Trainer(config, root=root, console=False)
+
+
+def trainer(root: Path, *, updates: int = 3, **policy: Any) -> Trainer:
+    return Trainer(trainer_config(updates, **policy), root=root, console=False)
 
 
 def test_actions_get_noise_of_the_color_that_the_settings_name(tmp_path: Path) -> None:
@@ -237,3 +243,65 @@ def test_a_run_may_start_from_the_policy_of_another(tmp_path: Path) -> None:
         assert torch.equal(rollout.action[0], origin.policy.sample(rollout.obs[0], noise[0]))
         with pytest.raises(UserError, match="a run that goes on has a policy already"):
             Trainer(origin.config, root=tmp_path, console=False, resume=new.run.path, start_from=origin.path)
+
+
+def test_it_leaves_torch_as_many_threads_as_it_had(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        trainer(tmp_path, updates=1).train()
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_environment_made_by_hand_has_to_be_one_that_evaluations_can_have(tmp_path: Path) -> None:
+    config = config_for("Pendulum-v1", env={"id": "MySimulator-v0", "num_envs": 2}, total_steps=64, batch_size=64)
+    by_hand = VectorEnvAdapter(gymnasium.make_vec("Pendulum-v1", num_envs=2))
+    with pytest.raises(EnvError, match="no environment 'MySimulator-v0' is registered"):
+        Trainer(config, root=tmp_path, console=False, env=by_hand)
+    by_hand = VectorEnvAdapter(gymnasium.make_vec("Pendulum-v1", num_envs=2))
+    other = config.model_copy(update={"env": config.env.model_copy(update={"id": "CartPole-v1"})})
+    with pytest.raises(EnvError, match=r"the environment's observations have shape \(4,\), the policy was trained on"):
+        Trainer(other, root=tmp_path, console=False, env=by_hand)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_gaussian_whose_std_does_not_fit_the_bounds_is_remarked_upon(tmp_path: Path) -> None:
+    with closing(trainer(tmp_path, bins=None)) as fits:
+        assert "beside the bounds" not in (fits.run.path / "log.txt").read_text()
+    with closing(trainer(tmp_path, bins=None, std=0.02)) as small:
+        said = (
+            "note: the actions' σ of 0.02 is small beside the bounds of component 0, 2 to either side; set policy.std"
+        )
+        assert said in (small.run.path / "log.txt").read_text()
+    with closing(trainer(tmp_path)) as ordinal:
+        assert "beside the bounds" not in (ordinal.run.path / "log.txt").read_text()
+
+
+def test_numbers_of_ones_own_are_in_tensorboard(tmp_path: Path) -> None:
+    def record(trainer: Trainer, report: UpdateReport) -> None:
+        trainer.record({"mine/kl_squared": report.step.kl**2})
+
+    run = Trainer(trainer_config(2), root=tmp_path, console=False, on_update=record).train().directory
+    events = EventAccumulator(str(run))
+    events.Reload()
+    squares = {event.step: event.value for event in events.Scalars("mine/kl_squared")}
+    kls = {event.step: event.value for event in events.Scalars("trust_region/kl")}
+    assert squares.keys() == kls.keys() == {64, 128}
+    assert [*squares.values()] == pytest.approx([kl**2 for kl in kls.values()], rel=1e-6)  # stored as float32
+
+
+def test_a_slow_run_is_saved_every_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def ten_minutes_later(trainer: Trainer, report: UpdateReport) -> None:
+        nonlocal now
+        now += 400.0
+
+    monkeypatch.setattr("trpo.trainer.time.monotonic", lambda: now)
+    run = Trainer(trainer_config(6), root=tmp_path, console=False, on_update=ten_minutes_later).train().directory
+    # After the updates that find more than 600 s gone since the last time: the third, the fifth; and at the end.
+    assert [path.name for path in checkpoint_paths(run / "checkpoints")] == [
+        "step-000000384", "step-000000320", "step-000000192"
+    ]  # fmt: skip

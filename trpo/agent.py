@@ -37,6 +37,7 @@ class UpdateReport:
     fit: FitReport
     transitions: int  # environment steps the update learned from, all processes together
     entropy: float  # mean policy entropy after the update, nats
+    normalizer_kl: float  # mean KL by which the observation statistics moved the policy after that, nats; unbounded
     std: float  # mean σ of a state-independent Gaussian policy after the update, else NaN
     explained_variance_before: float  # of the return targets by the average V̄ that estimated them, before the fit
     explained_variance_after: float  # by V, after its fit
@@ -130,18 +131,25 @@ class Agent:
             step = self._policy_step(batch, progress=progress, timers=timers)
             fit = fit_value()
         with timers("statistics"), torch.no_grad():
-            entropy = self.policy.distribution.entropy(self.policy(batch.obs)).double()
-            entropy_sum, transitions = all_sum(torch.stack([entropy.sum(), torch.ones_like(entropy).sum()])).tolist()
+            eta = self.policy(batch.obs)
             value_after = self.value(batch.obs)
-            std = self.policy.std()
             # Last of all: until here the policy has to be the one that acted.
-            self.policy.normalizer.update(rollout.obs[rollout.valid].to(self.device), all_sum=all_sum)
+            raw_obs = rollout.obs[rollout.valid].to(self.device)
+            self.policy.normalizer.update(raw_obs, all_sum=all_sum)
+            distribution, normalized = self.policy.distribution, self.policy.normalizer(raw_obs)
+            sums = [
+                distribution.entropy(eta),
+                distribution.kl(eta, self.policy(normalized)),
+                torch.ones_like(value_after),
+            ]
+            entropy, moved, transitions = all_sum(torch.stack([x.sum(dtype=torch.float64) for x in sums])).tolist()
             return UpdateReport(
                 step,
                 fit,
                 transitions=int(transitions),
-                entropy=entropy_sum / transitions,
-                std=std,
+                entropy=entropy / transitions,
+                normalizer_kl=moved / transitions,
+                std=self.policy.std(),
                 explained_variance_before=explained_variance(value_before, target, all_sum),
                 explained_variance_after=explained_variance(value_after, target, all_sum),
                 learning_rate=value_at(config.value.adam.learning_rate, progress)

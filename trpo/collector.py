@@ -37,7 +37,7 @@ class Collector:
         env: the environments of this process.
         policy: samples the actions.
         length: T.
-        generator: source of the action noise.
+        generator: source of the action noise, on the CPU.
         noise_exponent: β of the spectrum 1/f^β that the noise has over the T steps.
         shard: which of `total_envs` environments are this process's. The noise of all of them is drawn, so that the
             numbers do not depend on how environments are spread over processes.
@@ -71,6 +71,7 @@ class Collector:
         self._running_return = torch.zeros(env.num_envs, dtype=torch.float64)
         self._running_length = torch.zeros(env.num_envs, dtype=torch.int64)
         self.staggered = staggered
+        self.goes_on = True  # with the episodes of the state that was loaded last
         self._left_out = torch.full((env.num_envs,), staggered)  # the running episodes
 
     def collect(self) -> tuple[Rollout, Episodes]:
@@ -81,8 +82,7 @@ class Collector:
         """
         out = self._buffers
         shape = (self.length, self.total_envs)
-        like = self.policy.theta.vector
-        white = self.policy.distribution.noise(*shape, like=like, generator=self.generator)
+        white = self.policy.noise(*shape, generator=self.generator)
         self.noise = self._color(white)[:, self.shard]
         self._success.fill_(torch.nan)
         sample = self.policy.sampler()
@@ -90,7 +90,7 @@ class Collector:
         for *views, noise, success in _rows(*parts):
             row = Rollout(*views)
             row.obs.copy_(self.obs)
-            action = sample(self.obs.to(like.device), noise)
+            action = sample(self.obs.to(noise.device), noise)
             row.action.copy_(action)
             step = self.env.step(action)
             _store(row, step)
@@ -140,10 +140,14 @@ class Collector:
         self._running_length = steps[-1] - torch.tensor(start_length)
         return Episodes(returns, lengths, successes)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Environments, running episodes and the noise generator: enough to go on to the bit."""
+    def state_dict(self, episodes: bool = True) -> dict[str, Any]:
+        """Environments, running episodes and the noise generator: enough to go on to the bit.
+
+        Args:
+            episodes: off: without the environments, which have failed.
+        """
         return {
-            "env": self.env.state_dict(),
+            "env": self.env.state_dict() if episodes else None,
             "running_return": self._running_return,
             "running_length": self._running_length,
             "left_out": self._left_out,
@@ -151,12 +155,14 @@ class Collector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.obs = self.env.load_state_dict(state["env"]).clone()
-        going_on = self.env.exact_resume  # else the environments began new episodes, of which nothing has happened yet
-        self._running_return = state["running_return"] * going_on
-        self._running_length = state["running_length"] * going_on
+        if state["env"] is not None:  # else the episodes are those that this collector began with
+            self.obs = self.env.load_state_dict(state["env"]).clone()
+        # If not, the environments began new episodes, of which nothing has happened yet.
+        self.goes_on = self.env.exact_resume and state["env"] is not None
+        self._running_return = state["running_return"] * self.goes_on
+        self._running_length = state["running_length"] * self.goes_on
         none = torch.zeros_like(self._left_out)  # checkpoints of earlier versions do not say
-        self._left_out = state.get("left_out", none) if going_on else torch.full_like(self._left_out, self.staggered)
+        self._left_out = state.get("left_out", none) if self.goes_on else torch.full_like(none, self.staggered)
         self.generator.set_state(state["generator"])
 
 

@@ -149,11 +149,11 @@ class PolicyConfig(Settings):
 
     @model_validator(mode="after")
     def _bins_have_no_std(self) -> Self:
-        std = self.std
+        std, default = self.std, LearnedStdConfig()
         if self.bins is not None and not (
-            isinstance(std, LearnedStdConfig) and std == LearnedStdConfig(initial=std.initial)
+            isinstance(std, LearnedStdConfig) and std.model_copy(update={"initial": default.initial}) == default
         ):
-            problem = "must be null, for a Gaussian policy, where policy.std gives more than initial"
+            problem = "must be null, a Gaussian policy, where policy.std is more than initial: bins have no other σ"
             raise _contradiction("bins", problem, against="std")
         return self
 
@@ -249,7 +249,7 @@ class NaturalGradientConfig(Settings):
     )
     line_search: LineSearchConfig = LineSearchConfig()
     abort_after: int = Field(
-        10, ge=1, description="Consecutive updates lost to non-finite values after which training gives up."
+        10, ge=1, description="Consecutive updates lost to arithmetic that broke down after which training gives up."
     )
     fisher_subsample: float = Field(1.0, gt=0, le=1, description="Share of the batch used for Fisher products only.")
 
@@ -272,7 +272,11 @@ class EvaluationConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    every_steps: int = Field(100_000, ge=0, description="Environment steps between checkpoints; 0: only at the end.")
+    every_steps: int = Field(
+        100_000,
+        ge=0,
+        description="Environment steps between checkpoints, which are ten minutes apart at most; 0: only at the end.",
+    )
     keep: int = Field(3, ge=1, description="Newest checkpoints kept.")
     abort_after: int = Field(5, ge=1, description="Consecutive failures to save after which training gives up.")
 
@@ -296,8 +300,8 @@ class Config(Settings):
     threads: int = Field(
         1,
         ge=0,
-        description="CPU threads of the update: from 2 on, one fits V while the others take the policy's step, but "
-        "after it with `value.fit_first` or several processes; 0: torch's own choice.",
+        description="CPU threads of the update: from 2 on, one fits V while the others take the policy's step, but not "
+        "with `value.fit_first`, several processes or a GPU; 0: torch's own choice.",
     )
     name: str = Field(
         "trpo",

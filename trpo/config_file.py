@@ -100,7 +100,7 @@ def _override(data: dict[str, Any], override: str, origins: Origins) -> None:
     """Applies `key.path=value` to what was read from the file."""
     label = f"override {clip(override)}"
     keys, equals, text = override.partition("=")
-    path: KeyPath = tuple(keys.strip().split("."))
+    path: KeyPath = tuple(part.partition("[")[0] for part in keys.strip().split("."))
     if not equals:
         raise config_error(label, (), "write it as key.path=value")
     parents = [path[:depth] for depth in range(1, min(len(path), MAX_DEPTH))]
@@ -133,9 +133,15 @@ def _set(data: dict[Any, Any], path: KeyPath, value: Any) -> None:
         if not isinstance(below, dict):
             if part in data and is_section(path[:depth]):
                 return  # a section given as something else is reported, not papered over
-            below = data[part] = {}
+            below = data[part] = {} if part in data else _default_schedule(path[:depth], path[depth])
         data = below
     data[path[-1]] = value
+
+
+def _default_schedule(path: KeyPath, key: str | int) -> dict[str, Any]:
+    """The default at `path` if that is a schedule, or the like, with `key`: its other numbers stay. {} otherwise."""
+    default: Any = (schema_at(path) or {}).get("default")
+    return {**default} if not is_section(path) and isinstance(default, dict) and key in default else {}
 
 
 def _first_problem(error: ValidationError, origins: Origins) -> ConfigError:

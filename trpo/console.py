@@ -128,8 +128,8 @@ class PlainConsole:
 class LiveConsole:
     """A progress bar with the last results beneath it, redrawn in place.
 
-    There is no refresh thread: worker processes are forked from this one, and a lock that such a thread holds at that
-    moment would stay locked in the worker for ever.
+    There is no refresh thread: an environment may fork this process, and a lock that such a thread holds at that moment
+    would stay locked in the child for ever.
     """
 
     def __init__(

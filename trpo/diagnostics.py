@@ -58,6 +58,7 @@ def update_metrics(report: UpdateReport) -> dict[str, float | None]:
         "trust_region/max_kl": step.max_kl,
         "trust_region/quadratic_kl": step.quadratic_kl,
         "trust_region/kl": step.kl,
+        "trust_region/normalizer_kl": report.normalizer_kl,
         "trust_region/expected_improvement": step.expected_gain,
         "trust_region/actual_improvement": step.gain,
         "trust_region/step_scale": step.scale,

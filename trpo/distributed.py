@@ -28,6 +28,7 @@ class Group:
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    joined: bool = False  # by `join_group`, rather than by its caller before
 
     @property
     def leads(self) -> bool:
@@ -82,14 +83,14 @@ def join_group(device: torch.device) -> Group:
         return Group(device=device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if joins := not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Group(dist.get_rank(), size, device)
+    return Group(dist.get_rank(), size, device, joined=joins)
 
 
 def leave_group(group: Group) -> None:
-    """Leaves what `join_group` joined."""
-    if group.size > 1 and dist.is_initialized():
+    """Leaves what `join_group` joined; a process group that was there before stays."""
+    if group.joined and dist.is_initialized():
         dist.destroy_process_group()
         # The group's threads end with its last reference, which may hang in a cycle: were it dropped only while the
         # interpreter shuts down, a thread that still had to release a tensor would abort the process.

@@ -179,8 +179,13 @@ class Ordinal(_NormalNoise):
         return product
 
     def normal(self, std: float) -> Tensor:
-        """η [K] of normal distributions around the middle of the bounds, cut at the bounds."""
-        x = torch.outer(self._width, torch.arange(self.bins) - 0.5 * (self.bins - 1)) / std
+        """η [K] of normal distributions around the middle of the bounds, cut at the bounds.
+
+        Their σ is `std`, in the unit of the actions, or where values lie farther apart than that their distance: the
+        neighbours of the middle one have to be tried for anything to be learned.
+        """
+        steps = torch.outer(self._width, torch.arange(self.bins) - 0.5 * (self.bins - 1))
+        x = steps / self._width.clamp(min=std).unsqueeze(-1)
         return nn.functional.pad((-0.5 * x.square()).diff(), (1, 0)).flatten()
 
     # Values come first, [n, B, A]: sums over them then run along memory, which makes a softmax 15 times as fast.
@@ -207,7 +212,8 @@ class Ordinal(_NormalNoise):
         return self._low.to(index) + index * self._width.to(index)
 
     def _index(self, action: Tensor) -> Tensor:
-        return ((action - self._low.to(action)) / self._width.to(action)).round().long()
+        width = self._width.where(self._width > 0, 1.0)  # 0: a component that has one value only
+        return ((action - self._low.to(action)) / width.to(action)).round().long()
 
 
 class Categorical(_NormalNoise):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.envs import make_single_env
-from trpo.envs.single import success_of
+from trpo.envs.single import success_of, told
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
 from trpo.policy import Policy
 from trpo.video import VideoWriter, check_recordable, check_showable
 
-SIDE_BY_SIDE = 32  # episodes run together, and rows of every forward pass
+SIDE_BY_SIDE = 32  # rows of every forward pass, and the most episodes run together
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def evaluate(
 
     Args:
         policy: its normaliser is used frozen.
-        env_config: `id`, `kwargs` and `wrappers` are used.
+        env_config: `id`, `kwargs` and `wrappers` are used; no more than `num_envs` episodes run side by side.
         action_space: the space the policy was trained for; the environment's must be equal.
         episodes: number of episodes, at least 1.
         seed: of the first episode, not negative.
@@ -117,7 +118,7 @@ def evaluate(
         check_recordable(env_config)
     if render:
         check_showable(env_config)
-    at_once = 1 if render else SIDE_BY_SIDE
+    at_once = 1 if render else min(SIDE_BY_SIDE, env_config.num_envs)
     returns: list[float] = []
     lengths: list[int] = []
     successes: list[float] = []
@@ -138,6 +139,15 @@ def evaluate(
         successes += part.successes
         cut += part.cut
     return Evaluation(returns, lengths, successes, cut)
+
+
+def check_environment(policy: Policy, env_config: EnvConfig, action_space: spaces.Space[Any]) -> None:
+    """Raises `EnvError` unless the environment can be built and is the policy's."""
+    env = make_single_env(env_config)
+    try:
+        _check_spaces(policy, env, action_space)
+    finally:
+        env.close()
 
 
 def _side_by_side(
@@ -206,25 +216,29 @@ class _Episode:
 
     def reset(self) -> Any:
         """First observation [D]."""
-        return self._checked("observation", self._call(self.env.reset, seed=self.seed)[0])
+        with self._raising_one_kind():
+            obs, _ = self.env.reset(seed=self.seed)
+        return self._checked("observation", obs)
 
     def step(self, action: Any) -> Any:
         """Next observation [D]."""
-        obs, reward, terminated, truncated, info = self._call(self.env.step, action)
+        with self._raising_one_kind():
+            obs, reward, terminated, truncated, info = self.env.step(action)
         self.length += 1
         self.total += float(self._checked("reward", reward))
         ended = bool(terminated or truncated)
         self.cut = not ended and self.length >= self.max_steps
         self.over = ended or self.cut
         if self.over:
-            self.success = success_of(info.get("is_success"))
+            self.success = success_of(info)
         return self._checked("observation", obs)
 
-    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    @contextlib.contextmanager
+    def _raising_one_kind(self) -> Iterator[None]:
         try:
-            return function(*args, **kwargs)
-        except Exception as error:  # whatever an environment raises, users see one kind
-            raise EnvError(f"{self._where()} raised {type(error).__name__}: {error}") from error
+            yield
+        except Exception as error:  # whatever an environment raises
+            raise EnvError(f"{self._where()} raised {told(error)}") from error
 
     def _checked(self, what: str, value: Any) -> Any:
         if not np.isfinite(value).all():
@@ -258,13 +272,11 @@ class _Actor:
         return {row: self.encoding.single(action) for row, action in zip(running, native, strict=True)}
 
     def _noise(self, generators: dict[int, torch.Generator], running: list[int]) -> Tensor:
-        # On the CPU, so that a seed gives the same noise whatever the device; ones where nothing runs.
-        theta = self.policy.theta.vector
-        draw = self.policy.distribution.noise
-        drawn = [draw(like=theta.new_empty(0, device="cpu"), generator=generators[row]) for row in running]
-        noise = drawn[0].new_ones(SIDE_BY_SIDE, *drawn[0].shape)
-        noise[running] = torch.stack(drawn)
-        return noise.to(theta.device)
+        """[SIDE_BY_SIDE, Z]; ones where nothing runs."""
+        drawn = torch.stack([self.policy.noise(generator=generators[row]) for row in running])
+        noise = drawn.new_ones(SIDE_BY_SIDE, drawn.shape[1])
+        noise[running] = drawn
+        return noise
 
 
 def _check_spaces(policy: Policy, env: gymnasium.Env[Any, Any], action_space: spaces.Space[Any]) -> None:

@@ -81,6 +81,11 @@ class MetricsWriter:
         """One evaluation: its TensorBoard scalars and a row of `evaluations.csv`; the display shows it from now on."""
         self._record(EVALUATIONS_FILE, evaluation, env_steps)
 
+    def write_scalars(self, metrics: Mapping[str, float | None], *, env_steps: int) -> None:
+        """Numbers for TensorBoard alone."""
+        values = {tag: _python_number(value) for tag, value in metrics.items()}
+        self._attempt(_EVENTS, lambda sink: sink.write(values, env_steps=env_steps))
+
     def message(self, text: str) -> None:
         """A line for the console and `log.txt`, such as a warning or why an update was refused."""
         line = f"{self._stamp()}: {text}\n"

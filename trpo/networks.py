@@ -74,7 +74,9 @@ class MLP(nn.Module):
         self.activation = activation
         layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.layers = nn.ModuleList(layers)
-        self._linears = layers  # the same modules: looking them up in a ModuleList costs more than a small product
+        self.linears = (
+            layers  # the same, first to last: to look them up in a ModuleList costs more than a small product
+        )
         self.layout = Layout([p.shape for p in self.parameters()])
         self.native = NativeMlp.of(layers, activation)
         for layer in layers:
@@ -82,17 +84,12 @@ class MLP(nn.Module):
             nn.init.orthogonal_(layer.weight, gain, generator=generator)
             nn.init.zeros_(layer.bias)
 
-    @property
-    def linears(self) -> list[nn.Linear]:
-        """The layers, first to last."""
-        return self._linears
-
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D] → [B, K]."""
         if self.native is not None and self.native.fits(x) and (out := self.native.forward(x)) is not None:
             return out
         act = ACTIVATIONS[self.activation][0]
-        *hidden, head = self._linears
+        *hidden, head = self.linears
         for layer in hidden:
             x = act(layer(x))
         return head(x)
@@ -225,7 +222,7 @@ ClosedForm = MlpLinearization | NativeLinearization
 
 
 class AutogradLinearization:
-    """J of any module with respect to its parameters, by automatic differentiation.
+    """J of any module with respect to its parameters, but for frozen ones, by automatic differentiation.
 
     Jᵀw is linear in w, so differentiating ⟨Jᵀw, v⟩ with respect to w gives Jv: reverse mode twice, no forward mode
     needed from the module's operations. Both graphs are built once and kept for all products.
@@ -233,7 +230,8 @@ class AutogradLinearization:
 
     def __init__(self, module: nn.Module, x: Tensor):
         # Copies: writing θ goes through views whose changes autograd does not see, and would falsify kept graphs.
-        copies = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+        trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+        copies = {name: p.detach().clone().requires_grad_() for name, p in trained}
         self._parameters = list(copies.values())
         with torch.enable_grad():
             self._output = torch.func.functional_call(module, copies, (x,))

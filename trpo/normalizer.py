@@ -1,7 +1,7 @@
 """Running mean and variance, and return-based reward scaling.
 
-Normalising is pure; statistics change only in `update`, which the trainer calls once per iteration, after everything
-that has to see one fixed policy is done.
+Normalising is pure; statistics change only in `update`, which the agent calls once per iteration: of rewards before
+they are scaled, of observations after everything that has to see one fixed policy is done.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ObservationNormalizer(nn.Module):
         self.dtype = dtype
         self.register_buffer("shift", torch.zeros(dim, dtype=torch.float64), persistent=False)
         self.register_buffer("scale", torch.ones(dim, dtype=torch.float64), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(_refresh)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] in any dtype → normalised, in the network's dtype."""
@@ -98,6 +98,11 @@ class ObservationNormalizer(nn.Module):
         """Recomputes shift and scale from the moments."""
         self.shift.copy_(self.moments.mean)
         self.scale.copy_((self.moments.variance + EPSILON).rsqrt())
+
+
+def _refresh(normalizer: ObservationNormalizer, _: object) -> None:
+    # No method and no lambda: a copy, or what comes back from a pickle, has to refresh itself.
+    normalizer.refresh()
 
 
 class RewardScaler(nn.Module):

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 class FlatParameters:
     """Makes every parameter of `module` a view of one contiguous vector, so that reading or writing θ is one copy.
 
-    Call after the module is on its device and in its dtype: moving it later would break the views.
+    Those with `requires_grad` off are frozen: no part of θ. Call after the module is on its device and in its dtype:
+    moving it later would break the views.
 
     Attributes:
         vector: θ [P], live: changes with the module and changes it.
+        frozen: whether the module has parameters that are no part of it.
     """
 
     def __init__(self, module: nn.Module):
-        parameters = list(module.parameters())
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.frozen = len(parameters) < sum(1 for _ in module.parameters())
         self.layout = Layout([p.shape for p in parameters])
         self.vector = torch.cat([p.detach().reshape(-1) for p in parameters])
         for parameter, view in zip(parameters, self.layout.split(self.vector), strict=True):

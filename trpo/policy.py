@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from gymnasium import spaces
@@ -27,7 +26,7 @@ class Policy(nn.Module):
     products, others autograd; one that offers `frozen` has rollouts prepared by it.
 
     Attributes:
-        theta: all trainable parameters as one vector.
+        theta: all trainable parameters as one vector; with `requires_grad` off beforehand they are none.
     """
 
     def __init__(self, network: nn.Module, distribution: Distribution, normalizer: ObservationNormalizer):
@@ -37,9 +36,9 @@ class Policy(nn.Module):
         self.distribution = distribution
         self.theta = FlatParameters(self)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Policy:
-        # Copying member by member would leave the copy's parameters outside the copy's flat vector.
-        return Policy(copy.deepcopy(self.network, memo), self.distribution, copy.deepcopy(self.normalizer, memo))
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copied or pickled member by member, the copy's parameters would lie outside the copy's flat vector.
+        return Policy, (self.network, self.distribution, self.normalizer)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Normalised observations [B, D] → η [B, K]."""
@@ -48,7 +47,7 @@ class Policy(nn.Module):
     def linearize(self, obs: Tensor) -> Linearization:
         """η and its Jacobian at the current θ for normalised observations [B, D]."""
         closed_form = getattr(self.network, "linearize", None)
-        if closed_form is not None:
+        if closed_form is not None and not self.theta.frozen:  # it knows no parameters that do not move
             return cast(Linearization, closed_form(obs))
         return AutogradLinearization(self.network, obs)
 
@@ -62,6 +61,12 @@ class Policy(nn.Module):
         with torch.inference_mode():
             parameters = frozen(self.network, self.normalizer)
         return torch.inference_mode()(lambda obs, noise: self.distribution.sample(parameters(obs), noise))
+
+    def noise(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+        """N(0, 1) numbers for `sample` [*shape, Z], drawn on the CPU: a seed gives the same ones on every device."""
+        theta = self.theta.vector
+        like = theta.new_empty(0, device="cpu")
+        return self.distribution.noise(*shape, like=like, generator=generator).to(theta.device)
 
     @torch.inference_mode()
     def mode(self, obs: Tensor) -> Tensor:

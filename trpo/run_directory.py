@@ -275,7 +275,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 def _close_locks_in_fork() -> None:
-    # A forked environment worker that outlives its trainer would otherwise keep the run locked.
+    # A child forked by an environment that outlives the trainer would otherwise keep the run locked.
     for descriptor in _held_locks:
         os.close(descriptor)
     _held_locks.clear()

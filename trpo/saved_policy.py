@@ -83,8 +83,8 @@ class SavedPolicy:
         """Actions as the environment takes them: clipped to a Box space, counted from `start` in a Discrete one.
 
         Args:
-            observation: [D] or [N, D], flat (of a Dict or Tuple space as `gymnasium.wrappers.FlattenObservation` gives
-                it), not normalised.
+            observation: [D] or [N, D], flat (of all but a Box of one axis as `gymnasium.wrappers.FlattenObservation`
+                gives it), not normalised.
             deterministic: the mode of the policy; otherwise a sample.
             generator: source of the samples, on the CPU; torch's own by default.
 
@@ -104,12 +104,17 @@ class SavedPolicy:
         observation = np.asarray(observation)
         if observation.ndim not in (1, 2) or observation.shape[-1] != self.obs_dim:
             expected = f"[{self.obs_dim}] or [N, {self.obs_dim}]"
-            raise ValueError(f"observation has shape {list(observation.shape)}; expected {expected}")
+            raise ValueError(
+                f"observation has shape {list(observation.shape)}; expected {expected}, as the environment gives it in "
+                "gymnasium.wrappers.FlattenObservation"
+            )
         if not np.isfinite(observation).all():
             raise EnvError("the observation is not finite: the simulation diverged or the environment divides by zero")
         batch = torch.tensor(np.atleast_2d(observation)).to(self.policy.theta.vector.device)
-        noise = None if deterministic else self._noise(len(batch), generator)
-        encoded = self.policy.mode(batch) if noise is None else self.policy.sample(batch, noise)
+        if deterministic:
+            encoded = self.policy.mode(batch)
+        else:
+            encoded = self.policy.sample(batch, self.policy.noise(len(batch), generator=generator))
         encoding = ActionEncoding.of(self.action_space)
         native = encoding.native(encoded.cpu().numpy())
         return encoding.batched(native) if observation.ndim == 2 else encoding.single(native[0])
@@ -136,12 +141,6 @@ class SavedPolicy:
             policy.load_state_dict(self.policy.state_dict())
             return
         raise CheckpointError(f"{self.path} is no policy to start from here: {problem}")
-
-    def _noise(self, rows: int, generator: torch.Generator | None) -> Tensor:
-        # Drawn on the CPU, so that a seed gives the same actions whatever the device.
-        theta = self.policy.theta.vector
-        noise = self.policy.distribution.noise(rows, like=theta.new_empty(0, device="cpu"), generator=generator)
-        return noise.to(theta.device)
 
 
 def save_policy(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from trpo import native
 from trpo.agent import Agent, UpdateReport, fits_beside
 from trpo.batch import Rollout
 from trpo.checkpoint import CheckpointStore
-from trpo.collector import Collector
+from trpo.collector import Collector, Episodes
 from trpo.config import Config
 from trpo.config_difference import config_difference, without_effect
 from trpo.config_file import dump_config
@@ -29,10 +32,11 @@ from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
-from trpo.evaluation import Evaluation, evaluate
+from trpo.evaluation import Evaluation, check_environment, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
 from trpo.natural_gradient import StepReport
+from trpo.policy import Policy
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.run_directory import RunDirectory, RunLock
 from trpo.saved_policy import load_policy, save_policy
@@ -41,6 +45,7 @@ from trpo.timers import PhaseTimers
 from trpo.video import VideoError, try_recording
 
 IMAGE_SIZE = 64 * 64  # components of an observation that is probably an image, of which these networks know nothing
+CHECKPOINT_AFTER_S = 600.0  # a slow environment takes hours for `checkpoint.every_steps`
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
 
 
@@ -50,7 +55,8 @@ class RunResult:
 
     directory: Path
     env_steps: int
-    evaluation: Evaluation | None  # of the last policy; None if the run was stopped before its end
+    # Of the last policy, in the leading process, if this call reached the end of the run; else None.
+    evaluation: Evaluation | None
     stopped_by: signal.Signals | None = None
 
     @property
@@ -95,7 +101,10 @@ class Trainer:
         self.skipped_updates = 0
         self.nonfinite_in_a_row = 0
         self.failed_saves_in_a_row = 0
+        self._saved_at_s = time.monotonic()
+        self._saved_at_step = 0
         self.recent = RecentEpisodes()
+        self._unsaid: list[str] = []  # until there is a writer
         self.env = env
         self._closed = False
         self.writer: MetricsWriter | None = None
@@ -104,6 +113,9 @@ class Trainer:
             raise UserError(f"a run that goes on has a policy already: {start_from} is for new ones")
         self._origin = load_policy(start_from) if start_from else None
         self.group = join_group(self.device)
+        self._listener = _Listener(self._warn)
+        logging.getLogger("trpo.envs").addHandler(self._listener)
+        self._threads = torch.get_num_threads()
         if config.threads:
             torch.set_num_threads(config.threads - fits_beside(config, self.group, self.device))
         try:
@@ -121,7 +133,7 @@ class Trainer:
         if config.evaluation.video and self.group.leads:
             try_recording(config.env)
         seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
-        staggered = config.env.stagger and self.env is None
+        by_hand = self.env is not None
         if self.env is None:
             self.env = make_envs(config.env, seeds, device=self.device)
         env = self.env
@@ -136,17 +148,19 @@ class Trainer:
             group=self.group,
             device=self.device,
         )
+        if by_hand and self.group.leads:
+            check_environment(self.agent.policy, config.env, self.action_space)
         if self._origin is not None:
             self._origin.copy_to(self.agent.policy, config, self.action_space)
         self.collector = Collector(
             env,
             self.agent.policy,
             config.rollout_length,
-            generator=torch_generator(config.seed, "actions", self.device),
+            generator=torch_generator(config.seed, "actions"),
             noise_exponent=config.policy.noise_exponent,
             shard=shard,
             total_envs=config.env.num_envs,
-            staggered=staggered,
+            staggered=config.env.stagger and not by_hand,
         )
 
     def _open_run(self, root: Path, resume: Path | None, console: bool) -> None:
@@ -157,7 +171,7 @@ class Trainer:
         directory = self.group.broadcast(str(self.run.path) if self.group.leads else None)
         if not self.group.leads:
             self.run = RunDirectory.open(Path(directory))
-        self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep)
+        self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep, on_warning=self._warn)
         changed: list[str] = []
         if resume:
             found = self.store.newest()
@@ -180,6 +194,8 @@ class Trainer:
                 console=console,
                 resume_step=self.env_steps if resume else None,
             )
+            for text in self._unsaid:
+                self._say(text)
             if changed or not resume:
                 self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
         if resume and self.group.leads and self.updates < self.config.updates:
@@ -198,6 +214,8 @@ class Trainer:
             self._say(
                 f"note: {inputs} components of an observation all go into one layer; env.wrappers can reduce images"
             )
+        if note := _std_beside_bounds(self.agent.policy, self.action_space):
+            self._say(f"note: {note}")
         if self.env is not None and not self.env.exact_resume:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 
@@ -249,7 +267,7 @@ class Trainer:
         timers = PhaseTimers()
         self.agent.set_std(self.progress)
         with timers("rollout"):
-            rollout, episodes = self.collector.collect()
+            rollout, episodes = self._collect()
         if self.updates == 0:
             self._check_policy_is_still(rollout)
         report = self.agent.update(rollout, progress=self.progress, timers=timers)
@@ -280,6 +298,20 @@ class Trainer:
         if self.updates < self.config.updates:  # `_finish` does both for the last one
             self._periodic(previous_steps)
         return report
+
+    def _collect(self) -> tuple[Rollout, Episodes]:
+        """A rollout; where an environment fails what was trained before is saved, to go on from with new episodes."""
+        try:
+            return self.collector.collect()
+        except EnvError:
+            if self.group.size == 1 and self.env_steps > self._saved_at_step:
+                self._save_checkpoint(episodes=False)
+            raise
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Numbers of your own for TensorBoard, at the present step: from `on_update`, say. Of the leading process."""
+        if self.writer is not None:
+            self.writer.write_scalars(metrics, env_steps=self.env_steps)
 
     def _told_to_stop(self, report: UpdateReport) -> bool:
         """By the caller, who has a look at the update."""
@@ -332,7 +364,8 @@ class Trainer:
 
         if due(self.config.evaluation.every_steps):
             self._evaluate(self.config.evaluation.episodes)
-        if due(self.config.checkpoint.every_steps):
+        late = time.monotonic() - self._saved_at_s > CHECKPOINT_AFTER_S and self.config.checkpoint.every_steps > 0
+        if due(self.config.checkpoint.every_steps) or self.group.broadcast(late):  # clocks differ
             self._save_checkpoint()
 
     def _evaluate(self, episodes: int) -> Evaluation | None:
@@ -389,10 +422,13 @@ class Trainer:
         info = {"env_steps": self.env_steps, "seed": self.config.seed, "evaluation": result.metrics()}
         save_policy(path, self.agent.policy, self.config, self.action_space, info)
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, *, episodes: bool = True) -> None:
+        """`episodes`: whether the running ones can go on."""
         self.group.assert_equal(self.agent.policy.theta.vector, "the policy")
         self.group.assert_equal(self.agent.value.theta.vector, "the value function")
-        state = self._state()
+        state = self._state(episodes)
+        self._saved_at_s = time.monotonic()  # or tried to: a disk that is full now is not asked again at once
+        self._saved_at_step = self.env_steps
         if not self.group.leads:
             return
         try:
@@ -405,15 +441,15 @@ class Trainer:
             if self.failed_saves_in_a_row >= self.config.checkpoint.abort_after:
                 raise TrainingError(f"{self.failed_saves_in_a_row} checkpoints in a row failed: {error}") from error
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, episodes: bool) -> dict[str, Any]:
         assert self.env is not None
-        local = {"collector": self.collector.state_dict(), "agent": self.agent.local_state_dict()}
+        local = {"collector": self.collector.state_dict(episodes), "agent": self.agent.local_state_dict()}
         return {
             "config": self.config.model_dump(mode="json", by_alias=True),
             "agent": self.agent.state_dict(),
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "recent": self.recent.state_dict(),
-            "exact_resume": self.env.exact_resume,
+            "exact_resume": self.env.exact_resume and episodes,
             "processes": self.group.gather_objects(local),
         }
 
@@ -427,6 +463,8 @@ class Trainer:
             if saved.batch_size != self.config.batch_size:
                 # Schedules and the end of a run are counted in updates.
                 raise UserError("batch_size cannot change within a run; go on without it, or start a new run")
+            if saved.name != self.config.name:
+                raise UserError("name cannot change within a run, whose directory has it; start a new run")
             if saved.seed != self.config.seed:
                 raise UserError("seed cannot change within a run, whose random streams go on; start a new run")
             if len(state["processes"]) != self.group.size:
@@ -434,8 +472,8 @@ class Trainer:
                 raise CheckpointError(f"{path}: {problem}")
             self.agent.load_state_dict(state["agent"])
             local = state["processes"][self.group.rank]
-            self.agent.load_local_state_dict(local["agent"], new_episodes=not self.env.exact_resume)
-            self.collector.load_state_dict(local["collector"])
+            self.collector.load_state_dict(local["collector"])  # first: it shows whether episodes go on
+            self.agent.load_local_state_dict(local["agent"], new_episodes=not self.collector.goes_on)
             self.recent.load_state_dict(state["recent"])
             for name in COUNTERS:
                 setattr(self, name, state["counters"][name])
@@ -448,6 +486,15 @@ class Trainer:
         if self.writer is not None:
             self.writer.message(text)
 
+    def _warn(self, text: str) -> None:
+        """Says what other parts of this process warn of."""
+        if self.writer is not None:
+            self._say(f"warning: {text}")
+        elif self.group.leads:
+            self._unsaid.append(f"warning: {text}")
+        else:
+            print(f"process {self.group.rank}: warning: {text}", file=sys.stderr)
+
     def close(self) -> None:
         """Frees environments, files and the process group; may be called twice."""
         self._closed = True
@@ -457,4 +504,33 @@ class Trainer:
             self.writer.close()
         if self._lock is not None:
             self._lock.release()
+        logging.getLogger("trpo.envs").removeHandler(self._listener)
+        torch.set_num_threads(self._threads)
         leave_group(self.group)
+
+
+def _std_beside_bounds(policy: Policy, action_space: spaces.Space[Any]) -> str | None:
+    """What is odd about the σ of a Gaussian policy beside the bounds of its actions, which an ordinal one knows."""
+    std = policy.std()  # NaN for all that is no Gaussian of one σ
+    if not isinstance(action_space, spaces.Box) or not math.isfinite(std):
+        return None
+    half = (action_space.high.astype(np.float64) - action_space.low) / 2
+    for i, reach in enumerate(half.ravel().tolist()):
+        if 0 < reach < math.inf and not reach / 20 <= std <= 20 * reach:
+            size = "small" if std < reach else "large"
+            return (
+                f"the actions' σ of {std:g} is {size} beside the bounds of component {i}, {reach:g} to either side; "
+                "set policy.std in the unit of the actions, or let policy.bins be a number"
+            )
+    return None
+
+
+class _Listener(logging.Handler):
+    """Hands on what environment backends warn of, such as a worker that died: it belongs into the run's log."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self._hand_on = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._hand_on(record.getMessage())

@@ -27,9 +27,9 @@ class ValueFunction(nn.Module):
         self.network = network
         self.theta = FlatParameters(self)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> ValueFunction:
-        # Copying member by member would leave the copy's parameters outside the copy's flat vector.
-        return ValueFunction(copy.deepcopy(self.network, memo))
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copied or pickled member by member, the copy's parameters would lie outside the copy's flat vector.
+        return ValueFunction, (self.network,)
 
     def forward(self, obs: Tensor) -> Tensor:
         """[B, D] → [B]."""

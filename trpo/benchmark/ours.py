@@ -6,7 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -201,14 +201,8 @@ def _defaults(task: str, environments: dict[str, Any], *, threads: int) -> Confi
 
 @contextmanager
 def _trainer(config: Config) -> Iterator[Trainer]:
-    threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as root:
-        trainer = Trainer(config, root=root, console=False)
-        try:
-            yield trainer
-        finally:
-            trainer.close()
-            torch.set_num_threads(threads)  # a trainer sets its own
+    with tempfile.TemporaryDirectory() as root, closing(Trainer(config, root=root, console=False)) as trainer:
+        yield trainer
 
 
 def _random_rate(env: BatchEnv, steps: int) -> float:

@@ -28,7 +28,7 @@ class Step:
     terminated: Tensor  # [N] bool, the task ended: no value beyond
     truncated: Tensor  # [N] bool, time limit or cut: the value beyond is V(next_obs)
     valid: Tensor  # [N] bool, False where the row is no transition: a reset, or lost with its worker
-    success: Tensor | None = None  # [N] float, info["is_success"] where an episode ended and reported it, else NaN
+    success: Tensor | None = None  # [N] float, where an episode ended and reported it (`single.success_of`), else NaN
 
 
 class BatchEnv(Protocol):
@@ -38,8 +38,7 @@ class BatchEnv(Protocol):
     device: torch.device
     single_observation_space: Box  # flat: Box(shape=(D,))
     single_action_space: Space[Any]  # Box, Discrete, MultiDiscrete or MultiBinary, as the environment declares it
-    autoreset: str  # how the backend resets: "same_step", "next_step" or "disabled"
-    exact_resume: bool  # whether state_dict restores the environments to the bit
+    exact_resume: bool  # whether load_state_dict restores the environments to the bit; after it, whether it did
 
     def reset(self) -> Tensor:
         """Starts N new episodes; observations [N, D]. Seeds were given at construction, for the first reset only."""
@@ -51,7 +50,8 @@ class BatchEnv(Protocol):
         """Everything needed to go on exactly from here: tensors, arrays, and what JSON can hold."""
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """Restores `state_dict`; returns the observations [N, D] to act on next."""
+        """Restores `state_dict`, or where that is impossible begins new episodes, with `exact_resume` off and a word
+        to `logging` why; returns the observations [N, D] to act on next."""
 
     def close(self) -> None:
         """Frees everything; may be called twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from trpo.envs.contract import Step
 from trpo.envs.shard import EnvShard, StepBuffers
 from trpo.envs.spaces import ActionEncoding, Array
 from trpo.errors import EnvError
+
+_log = logging.getLogger(__name__)
 
 
 def as_step(buffers: StepBuffers) -> Step:
@@ -45,14 +48,16 @@ def check_env_count(states: Sequence[Any], num_envs: int) -> None:
         )
 
 
+def warn_of_new_episodes(problem: str) -> None:
+    """Says why an exact resume is impossible, and what happens instead."""
+    _log.warning("%s; the run goes on with new episodes", problem)
+
+
 class GymnasiumEnvs:
     """N Gymnasium environments in this process; a `BatchEnv`.
 
     The same tensors come back from every `step`: views of arrays written in place, valid until the next call.
     """
-
-    autoreset = "same_step"
-    exact_resume = True
 
     def __init__(self, config: EnvConfig, seeds: Sequence[int]) -> None:
         self._shard = EnvShard(config, seeds)
@@ -65,6 +70,7 @@ class GymnasiumEnvs:
         self._buffers = StepBuffers.allocate(spaces, self.num_envs)
         self._shard.attach(self._buffers)
         self._step = as_step(self._buffers)
+        self.exact_resume = True
 
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""
@@ -82,9 +88,13 @@ class GymnasiumEnvs:
         return {"envs": self._shard.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """See `BatchEnv.load_state_dict`; `EnvError` if an environment does not replay to the bit."""
+        """See `BatchEnv.load_state_dict`."""
         check_env_count(state["envs"], self.num_envs)
-        self._shard.load_state_dict(state["envs"])
+        problem = self._shard.load_state_dict(state["envs"])
+        self.exact_resume = problem is None
+        if problem is not None:
+            warn_of_new_episodes(problem)
+            self._shard.begin_anew(state["envs"])
         return self._step.reset_obs
 
     def close(self) -> None:

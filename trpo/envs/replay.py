@@ -54,15 +54,29 @@ class EpisodeLog:
         return {"seed": self.seed, "rng": self.rng, "actions": self._rows[: self._length].copy(), "obs": obs.copy()}
 
 
+class ReplayError(EnvError):
+    """An episode cannot be replayed to the bit."""
+
+
 def needs_fresh_environment(env: gymnasium.Env[Any, Any]) -> bool:
     """Whether each episode has to start in a newly built environment to be replayable."""
-    kind = type(env.unwrapped)
-    return f"{kind.__module__}:{kind.__qualname__}" in _KEEPS_ITS_WORLD
+    return any(f"{kind.__module__}:{kind.__qualname__}" in _KEEPS_ITS_WORLD for kind in type(env.unwrapped).__mro__)
 
 
 def random_state(env: gymnasium.Env[Any, Any]) -> dict[str, Any]:
-    """The state of the environment's own generator, as plain values."""
-    return dict(env.unwrapped.np_random.bit_generator.state)
+    """The state of the environment's own generator, as plain values; {} of one that is not numpy's."""
+    generator: Any = env.unwrapped.np_random
+    if isinstance(generator, np.random.RandomState):  # dm_control's environments, for one
+        return dict(generator.get_state(legacy=False))
+    return dict(generator.bit_generator.state) if isinstance(generator, np.random.Generator) else {}
+
+
+def _set_random_state(env: gymnasium.Env[Any, Any], state: dict[str, Any]) -> None:
+    generator: Any = env.unwrapped.np_random
+    if isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
 
 
 def begin(env: gymnasium.Env[Any, Any], log: EpisodeLog, *, seed: int | None, rng: dict[str, Any] | None) -> Any:
@@ -75,7 +89,7 @@ def begin(env: gymnasium.Env[Any, Any], log: EpisodeLog, *, seed: int | None, rn
         rng: State to put that generator in first, or None to leave it as it is. Not with a seed.
     """
     if rng is not None:
-        env.unwrapped.np_random.bit_generator.state = rng
+        _set_random_state(env, rng)
     log.start(seed=seed, rng=None if seed is not None else random_state(env))
     obs, _ = env.reset(seed=seed)
     return obs
@@ -87,7 +101,8 @@ def replay(
     """Brings `env` to the state that `EpisodeLog.state` described; returns the observation.
 
     Raises:
-        EnvError: The recorded actions do not fit, or the observation reached differs in any bit from the recorded one.
+        EnvError: The recorded actions do not fit.
+        ReplayError: The observation reached differs in any bit from the recorded one.
     """
     actions = np.asarray(state["actions"])
     if actions.shape[1:] != (encoding.size,) or actions.dtype != encoding.dtype:
@@ -102,9 +117,9 @@ def replay(
     recorded = np.asarray(state["obs"])
     reached = np.asarray(obs).astype(recorded.dtype)
     if reached.shape != recorded.shape or reached.tobytes() != recorded.tobytes():
-        raise EnvError(
-            f"environment {index} did not come back to its recorded observation when its episode was replayed, so an "
-            "exact resume is impossible: it draws random numbers outside `self.np_random` or keeps state across "
-            "resets, or its package has another version; start a new run instead"
+        raise ReplayError(
+            f"environment {index} did not come back to its recorded observation when its episode was replayed: it "
+            "draws random numbers outside `self.np_random` or keeps state across resets, or its package has another "
+            "version"
         )
     return obs

@@ -10,8 +10,7 @@ Numpy and Gymnasium only, no torch, to keep worker processes light.
 
 from __future__ import annotations
 
-import os
-import traceback
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,8 @@ import numpy as np
 from gymnasium.spaces import Box, Space
 
 from trpo.config import EnvConfig
-from trpo.envs.replay import EpisodeLog, begin, needs_fresh_environment, random_state, replay
-from trpo.envs.single import make_single_env, success_of
+from trpo.envs.replay import EpisodeLog, ReplayError, begin, needs_fresh_environment, random_state, replay
+from trpo.envs.single import make_single_env, success_of, told
 from trpo.envs.spaces import ActionEncoding, Array, row_space
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.errors import EnvError
@@ -105,7 +104,8 @@ class EnvShard:
     def __init__(self, config: EnvConfig, seeds: Sequence[int], first_index: int = 0) -> None:
         self._config = config
         self._first = first_index
-        self._seeds: list[int | None] = [int(seed) for seed in seeds]
+        self._first_seeds = [int(seed) for seed in seeds]
+        self._seeds: list[int | None] = [*self._first_seeds]  # of the next reset
         self._envs: list[gymnasium.Env[Any, Any]] = []
         for index in range(len(seeds)):
             try:
@@ -156,12 +156,12 @@ class EnvShard:
                 truncated = truncated or self._episode_steps[i] >= self._cut_after[i]
                 buffers.terminated[i], buffers.truncated[i] = terminated, truncated
                 if terminated or truncated:
-                    buffers.success[i] = success_of(info.get("is_success"))
+                    buffers.success[i] = success_of(info)
                     self._begin(i)
         except EnvError:
             raise
         except Exception as error:
-            raise EnvError(f"{self._where(i)} raised {_told(error)}") from error
+            raise EnvError(f"{self._where(i)} raised {told(error)}") from error
         self._check_finite(buffers.reward, "a reward")
         self._check_finite(buffers.next_obs, "an observation")
         done = buffers.terminated | buffers.truncated
@@ -174,25 +174,35 @@ class EnvShard:
         """What `load_state_dict` needs, one entry per environment."""
         return [log.state(obs) for log, obs in zip(self._logs, self._buffers.reset_obs, strict=True)]
 
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Replays each environment's episode; present observations in `reset_obs`."""
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> str | None:
+        """Replays each environment's episode; present observations in `reset_obs`.
+
+        Returns:
+            None, or why one of them is not where it was: then all have to `begin_anew`.
+        """
         for i, (env, state) in enumerate(zip(self._envs, states, strict=True)):
             try:
                 if self._fresh_each_episode:
                     env = self._rebuild(i)
                 obs = replay(env, self._logs[i], self._encoding, state, self._first + i)
+            except ReplayError as error:
+                return str(error)
             except EnvError:
                 raise
             except Exception as error:
-                raise EnvError(
-                    f"environment {self._first + i} raised {type(error).__name__} while its episode was replayed: "
-                    f"{error}; exact resume is impossible, start a new run instead"
-                ) from error
+                return f"environment {self._first + i} raised {told(error)} while its episode was replayed"
             self._write_obs(self._buffers.reset_obs, i, obs)
             self._episode_steps[i] = len(state["actions"])
             self._seeds[i] = None
             self._cut_after[i] = self._first_length(i)
         self._buffers.valid[:] = True
+        return None
+
+    def begin_anew(self, states: Sequence[dict[str, Any]]) -> None:
+        """Starts k new episodes in place of those that `states` describe, with seeds of their own."""
+        for i, state in enumerate(states):
+            self._seeds[i] = restart_seed(self._first_seeds[i], zlib.crc32(np.asarray(state["obs"]).tobytes()))
+        self.reset()
 
     def close(self) -> None:
         """Closes all environments."""
@@ -207,7 +217,7 @@ class EnvShard:
                 env = self._rebuild(i)
             obs = begin(env, self._logs[i], seed=seed, rng=rng)
         except Exception as error:
-            raise EnvError(f"environment {self._first + i}, in reset, raised {_told(error)}") from error
+            raise EnvError(f"environment {self._first + i}, in reset, raised {told(error)}") from error
         self._seeds[i] = None
         self._cut_after[i] = self._first_length(i)
         self._write_obs(self._buffers.reset_obs, i, obs)
@@ -254,6 +264,11 @@ class EnvShard:
         return f"environment {self._first + i}, step {self._episode_steps[i]} of its episode,"
 
 
+def restart_seed(seed: int, salt: int) -> int:
+    """Seed of an environment that begins anew, from the one it had and what tells this start from others."""
+    return int(np.random.SeedSequence([seed, salt]).generate_state(1)[0])
+
+
 def check_same_spaces(expected: EnvSpaces, found: EnvSpaces, expected_index: int, index: int) -> None:
     """Raises `EnvError` if two environments of a batch differ in their spaces."""
     for what in ("declared", "action"):
@@ -268,9 +283,3 @@ def check_same_spaces(expected: EnvSpaces, found: EnvSpaces, expected_index: int
 
 def _spaces_of(env: gymnasium.Env[Any, Any]) -> EnvSpaces:
     return EnvSpaces(row_space(env.observation_space), env.observation_space, env.action_space)
-
-
-def _told(error: Exception) -> str:
-    """What was raised, and where: one line, since whoever wrote the environment can open the file."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({os.path.relpath(place.filename)}:{place.lineno})"

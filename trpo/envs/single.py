@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import os
+import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -36,14 +39,31 @@ def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gym
     return env if is_flat(env.observation_space) else FlattenObservation(env)
 
 
-def success_of(given: Any) -> float:
-    """What an episode that ended reports as `is_success`, 0 to 1; NaN for None: it reports nothing."""
-    if given is None:
-        return math.nan
-    try:
-        return float(np.asarray(given, float).item())
-    except (TypeError, ValueError) as error:
-        raise EnvError(f"info['is_success'] is {given!r}: report True, False or a number") from error
+SUCCESS_KEYS = ("is_success", "success")  # Gymnasium-Robotics' and stable-baselines3's, Meta-World's
+
+
+def success_of(info: Mapping[str, Any]) -> float:
+    """What the last step of an episode reports as its success, 0 to 1; NaN if nothing."""
+    for key in SUCCESS_KEYS:
+        given = info.get(key)
+        try:
+            if given is not None:
+                return float(np.asarray(given, float).item())
+        except (TypeError, ValueError) as error:
+            if key == SUCCESS_KEYS[0]:  # the other name has other meanings, too
+                raise EnvError(f"info[{key!r}] is {given!r}: report True, False or a number") from error
+    return math.nan
+
+
+def told(error: Exception) -> str:
+    """What an environment raised, and where: one line, since whoever wrote it can open the file."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error} ({os.path.relpath(place.filename)}:{place.lineno})"
+    if "values to unpack" in str(error) and ("env.reset(" in str(place.line) or "env.step(" in str(place.line)):
+        text += (
+            ": reset() has to return (observation, info), and step() (observation, reward, terminated, truncated, info)"
+        )
+    return text
 
 
 def _make(config: EnvConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]:
@@ -82,7 +102,7 @@ def _failure(config: EnvConfig, error: Exception) -> str:
     module, colon, _ = config.id.partition(":")
     if colon and isinstance(error, ImportError):
         return f"env.id: the module {module!r} of {config.id!r} cannot be imported: {error}"
-    return f"{config.id} cannot be built with env.kwargs {config.kwargs}: {type(error).__name__}: {error}"
+    return f"{config.id} cannot be built with env.kwargs {config.kwargs}: {told(error)}"
 
 
 def _wrap(env: gymnasium.Env[Any, Any], wrapper: WrapperConfig, key: str) -> gymnasium.Env[Any, Any]:
@@ -94,9 +114,7 @@ def _wrap(env: gymnasium.Env[Any, Any], wrapper: WrapperConfig, key: str) -> gym
     try:
         wrapped = factory(env, **wrapper.kwargs)
     except Exception as error:
-        raise EnvError(
-            f"{key}: {wrapper.name} cannot be built with kwargs {wrapper.kwargs}: {type(error).__name__}: {error}"
-        ) from error
+        raise EnvError(f"{key}: {wrapper.name} cannot be built with kwargs {wrapper.kwargs}: {told(error)}") from error
     if not isinstance(wrapped, gymnasium.Env):
         raise EnvError(f"{key}.name: {wrapper.name} gave a {type(wrapped).__name__}, not a gymnasium.Env")
     return wrapped

@@ -35,7 +35,6 @@ class TorchEnvs:
         EnvError: No such task in torch, or settings that only Gymnasium's environments know.
     """
 
-    autoreset = "same_step"
     exact_resume = True
 
     def __init__(self, config: EnvConfig, seeds: Sequence[int], *, device: torch.device) -> None:

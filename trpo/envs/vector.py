@@ -14,7 +14,7 @@ from torch import Tensor
 from trpo.envs.contract import Step
 from trpo.envs.gymnasium import as_step, native_actions
 from trpo.envs.shard import EnvSpaces, StepBuffers
-from trpo.envs.single import success_of
+from trpo.envs.single import SUCCESS_KEYS, success_of
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
 from trpo.errors import EnvError
 
@@ -46,7 +46,6 @@ class VectorEnvAdapter:
         self._encoding = ActionEncoding.of(vector_env.single_action_space, name)
         self.num_envs = vector_env.num_envs
         self.device = torch.device("cpu")
-        self.autoreset = "next_step" if self._mode is AutoresetMode.NEXT_STEP else "same_step"
         self.single_observation_space = row_space(self._raw_space)
         self.single_action_space = vector_env.single_action_space
         spaces = EnvSpaces(self.single_observation_space, self._raw_space, self.single_action_space)
@@ -117,10 +116,8 @@ class VectorEnvAdapter:
         elif self._mode is AutoresetMode.DISABLED:
             first_obs, _ = self._env.reset(options={"reset_mask": done.copy()})
             buffers.reset_obs[done] = self._rows(first_obs)[done]
-        if "is_success" in last_infos:
-            reported = done & np.asarray(last_infos.get("_is_success", True), bool)
-            for i in np.flatnonzero(reported):
-                buffers.success[i] = success_of(last_infos["is_success"][i])
+        for i in np.flatnonzero(done).tolist():
+            buffers.success[i] = success_of(_successes(last_infos, i))
 
     def _write_final(self, infos: dict[str, Any], done: Array) -> None:
         final = infos.get("final_obs")
@@ -164,6 +161,12 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any], name: str) -> AutoresetMode:
             f"{name} declares autoreset_mode {declared!r}: set metadata['autoreset_mode'] to a member of "
             "gymnasium.vector.AutoresetMode, since a wrong guess corrupts every episode's end"
         ) from error
+
+
+def _successes(infos: dict[str, Any], i: int) -> dict[str, Any]:
+    """Environment i's part of what a vector environment's infos [N] say of success; `_key` says where `key` counts."""
+    given = (key for key in SUCCESS_KEYS if key in infos)
+    return {key: infos[key][i] for key in given if f"_{key}" not in infos or infos[f"_{key}"][i]}
 
 
 def _copy(target: Array, values: Any) -> None:

@@ -42,6 +42,7 @@ from trpo.errors import EnvError
 
 _BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from trpo.envs.worker import main; main()"
 _STOP_S = 2.0  # how long a worker asked to stop may take
+_LONGEST_POLL_MS = 2**31 - 1  # the kernel takes no more: 24 days
 _PARENT_POLL_S = 0.5  # how often a worker looks whether its parent lives, where the kernel does not tell
 _PR_SET_PDEATHSIG = 1
 
@@ -121,7 +122,8 @@ class Worker:
             EnvError: What went wrong in the worker, with its traceback as cause.
         """
         try:
-            if not self._answers.poll(1000 * max(0.0, deadline - time.monotonic())):
+            left_ms = 1000 * max(0.0, deadline - time.monotonic())
+            if not self._answers.poll(min(left_ms, _LONGEST_POLL_MS)):
                 raise WorkerLost(
                     f"the worker process of {self.name} gave no answer within {allowed_s:g} s: fix the environment "
                     "that hangs, or raise env.timeout_s"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.envs.contract import Step
-from trpo.envs.gymnasium import as_step, check_env_count, native_actions
-from trpo.envs.shard import EnvSpaces, StepBuffers, check_same_spaces
+from trpo.envs.gymnasium import as_step, check_env_count, native_actions, warn_of_new_episodes
+from trpo.envs.shard import EnvSpaces, StepBuffers, check_same_spaces, restart_seed
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.worker import Worker, WorkerLost, shared_memory, stop_all
 from trpo.errors import EnvError
@@ -38,14 +38,12 @@ class WorkerEnvs:
             The episodes cut by it end as truncated, in rows that are not valid: what happened in them is not known.
     """
 
-    autoreset = "same_step"
-    exact_resume = True
-
     def __init__(self, config: EnvConfig, seeds: Sequence[int]) -> None:
         if os.name != "posix":
             raise EnvError("env.backend gymnasium-async needs Linux or macOS; set env.backend to gymnasium")
         self.num_envs = len(seeds)
         self.device = torch.device("cpu")
+        self.exact_resume = True
         self.restarts = 0
         self._interrupted = np.zeros(self.num_envs, bool)  # episode lost since the last step; to be told by the next
         self._config = config
@@ -92,17 +90,22 @@ class WorkerEnvs:
         return {"restarts": self.restarts, "interrupted": self._interrupted.copy(), "envs": envs}
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """See `BatchEnv.load_state_dict`; `EnvError` if an environment does not replay to the bit."""
+        """See `BatchEnv.load_state_dict`."""
         envs = state["envs"]
         check_env_count(envs, self.num_envs)
         with self._ending_on_error():
             shares = [(envs[worker.start : worker.stop],) for worker in self._workers]
             # A step takes at most timeout_s, and this replays all steps of the longest share.
             steps = max(sum(len(env["actions"]) for env in share) for (share,) in shares)
-            for _, failure in self._run("load_state_dict", self._config.timeout_s * (1 + steps), shares)[1]:
-                raise failure
+            problem = next(
+                filter(None, self._all("load_state_dict", self._config.timeout_s * (1 + steps), shares)), None
+            )
+            self.exact_resume = problem is None
+            if problem is not None:
+                warn_of_new_episodes(problem)
+                self._all("begin_anew", self._config.timeout_s, shares)
         self.restarts = int(state.get("restarts", 0))
-        self._interrupted[:] = state.get("interrupted", False)
+        self._interrupted[:] = state.get("interrupted", False) if self.exact_resume else False
         return self._step.reset_obs
 
     def close(self) -> None:
@@ -141,9 +144,14 @@ class WorkerEnvs:
         self._encoding = ActionEncoding.of(spaces.action)
         self.single_observation_space = spaces.observation
         self.single_action_space = spaces.action
-        payloads = [(self.num_envs,)] * len(self._workers)
-        for _, failure in self._run("map_memory", self._config.timeout_s, payloads)[1]:
+        self._all("map_memory", self._config.timeout_s, [(self.num_envs,)] * len(self._workers))
+
+    def _all(self, command: str, allowed_s: float, payloads: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """`_run` where none may be lost."""
+        results, lost = self._run(command, allowed_s, payloads)
+        for _, failure in lost:
             raise failure
+        return results
 
     def _run(
         self, command: str, allowed_s: float, payloads: Sequence[tuple[Any, ...]] | None = None
@@ -206,11 +214,6 @@ def worker_count(requested: int, num_envs: int) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         requested = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return min(requested, num_envs)
-
-
-def restart_seed(seed: int, restarts: int) -> int:
-    """Seed of an environment in a restarted worker, from the one it had and the number of restarts so far."""
-    return int(np.random.SeedSequence([seed, restarts]).generate_state(1)[0])
 
 
 def _release(workers: list[Worker], memory: int) -> None:

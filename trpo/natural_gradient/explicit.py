@@ -28,8 +28,8 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 
 
 def eta_function(network: nn.Module, obs: Tensor) -> Callable[[Tensor], Tensor]:
-    """θ [P] ↦ η [B, K] of a network on observations [B, D]; θ holds its parameters one after the other."""
-    shapes = {name: p.shape for name, p in network.named_parameters()}
+    """θ [P] ↦ η [B, K] of a network on observations [B, D]; θ holds its free parameters one after another."""
+    shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
 
     def eta_of(theta: Tensor) -> Tensor:
         values, start = {}, 0

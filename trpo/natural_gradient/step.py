@@ -181,6 +181,7 @@ def trust_region_step(
         policy.theta.assign_(theta_old)
         outcome = Outcome.NO_CANDIDATE if settings.line_search.enabled else Outcome.NONFINITE_STEP
         return StepReport(outcome, max_kl, gradient_norm, cg=cg, search=search)
+    policy.theta.assign_(torch.add(theta_old, step, alpha=search.scale))  # whichever candidate was evaluated last
     return StepReport(
         Outcome.ACCEPTED,
         max_kl,
