@@ -86,7 +86,7 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
         raise UserError("say what to train: --config FILE, for example configs/pendulum.yaml, or --env ID")
     else:
         run = find_run(Path(args.root), given) if args.resume else None
-        if args.resume and run is None:
+        if args.resume and run is None and os.environ.get("RANK", "0") == "0":
             which = f"{given.env.id}, name {given.name}, seed {given.seed}"
             print(f"no run of {which} to go on with in {args.root}: begins a new one")
         if run is None:

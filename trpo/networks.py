@@ -74,9 +74,7 @@ class MLP(nn.Module):
         self.activation = activation
         layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.layers = nn.ModuleList(layers)
-        self.linears = (
-            layers  # the same, first to last: to look them up in a ModuleList costs more than a small product
-        )
+        self.linears = layers  # the same ones: looking them up in a ModuleList costs more than a small product
         self.layout = Layout([p.shape for p in self.parameters()])
         self.native = NativeMlp.of(layers, activation)
         for layer in layers:

@@ -340,6 +340,10 @@ class Trainer:
 
     def _check_policy_is_still(self, rollout: Rollout) -> None:
         """At start-up: what acted is what is updated, so that the ratio is 1 and the KL 0 at θ_old."""
+        if self.collector.policy is not self.agent.policy:
+            raise RuntimeError(
+                "the agent's policy is not the one that acts: a policy of your own is built in build_policy"
+            )
         moved = self.collector.replay_error(rollout)
         if moved > 0.01:  # rounding may flip a discrete action now and then
             raise RuntimeError(f"the policy moved between rollout and update: {moved:.1%} of its actions changed")
@@ -477,6 +481,7 @@ class Trainer:
             self.recent.load_state_dict(state["recent"])
             for name in COUNTERS:
                 setattr(self, name, state["counters"][name])
+            self._saved_at_step = self.env_steps
             return changed
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             why = "; ".join(changed) or str(error).splitlines()[0]
