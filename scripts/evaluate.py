@@ -14,7 +14,7 @@ from trpo.saved_policy import SavedPolicy, load_policy
 
 def main() -> None:
     args = _parse()
-    saved = load_policy(args.policy, device=args.device)
+    saved = load_policy(args.policy, device=args.device, trust_code=args.trust_code)
     env = EnvConfig(id=args.env) if args.env else saved.environment(trust_code=args.trust_code)
     result = evaluate(
         saved.policy,

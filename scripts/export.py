@@ -13,8 +13,11 @@ def main() -> None:
     parser = CommandParser(description="Export a policy, with its normaliser and action bounds inside.")
     parser.add_argument("policy", type=Path, metavar="RUN", help="a run's directory, or a saved policy")
     parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="ONNX model to write")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="let the policy's settings name modules to import and thereby run"
+    )
     args = parser.parse_args()
-    saved = load_policy(args.policy)
+    saved = load_policy(args.policy, trust_code=args.trust_code)
     export_onnx(saved, args.onnx)
     print(f"{args.onnx}: the policy in {saved.path}; observation [N, {saved.obs_dim}] float32 → action [N, …]")
 

@@ -26,7 +26,7 @@ def main() -> int:
     result = trainer.train()
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")
-        trust = " --trust-code" if named_code(config.env) else ""
+        trust = " --trust-code" if config.policy.body or named_code(config.env) else ""
         script = os.path.relpath(Path(__file__).with_name("evaluate.py"))
         print(f"saved in {result.directory}; evaluate it with: {_python()} {script} {result.directory}{trust}")
     return result.exit_status

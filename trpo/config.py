@@ -121,9 +121,26 @@ def _std_kind(value: object) -> str:
     return "learned" if learned or isinstance(value, LearnedStdConfig) else _kind(value)
 
 
+class BodyConfig(Settings):
+    name: str = Field(
+        pattern=r"^[\w.]+:\w+$",
+        json_schema_extra={"form": "`module:callable`"},
+        description="`module:callable` that makes a torch module of its own, [B, inputs] → [B, features], when called "
+        "with the number of inputs and `kwargs`.",
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the callable.")
+
+
+_BODY = Field(
+    None,
+    description="Layers of your own before the last one, in place of `hidden_sizes` and `activation`; null: those.",
+)
+
+
 class PolicyConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
+    body: BodyConfig | None = _BODY
     bins: Annotated[int, Field(ge=2)] | None = Field(
         11,
         description="Values, evenly spaced between its bounds, that a component of a Box action takes: an ordinal "
@@ -176,6 +193,7 @@ class GaussNewtonFitConfig(Settings):
 class ValueConfig(Settings):
     hidden_sizes: Sizes = Field((64, 64), description="Units of each hidden layer.")
     activation: Activation = Field("tanh", description="Hidden activation.")
+    body: BodyConfig | None = _BODY
     fit: Literal["adam", "gauss_newton"] = Field("adam", description="How V(s) is fitted to the returns.")
     adam: AdamFitConfig = AdamFitConfig()
     gauss_newton: GaussNewtonFitConfig = GaussNewtonFitConfig()
@@ -326,6 +344,13 @@ class Config(Settings):
         if self.batch_size > self.total_steps:
             problem = f"{self.batch_size} is larger than total_steps {self.total_steps}: not one update fits"
             raise _contradiction("batch_size", problem, against="total_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _factors_are_of_known_layers(self) -> Self:
+        if self.policy.body is not None and self.natural_gradient.preconditioner is not None:
+            problem = "must be null with layers of your own, whose factors nobody knows"
+            raise _contradiction("natural_gradient.preconditioner", problem, against="policy.body")
         return self
 
     @property

@@ -8,14 +8,18 @@ activations: one product costs four matrix passes and no graph. `NativeLineariza
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from trpo.config import BodyConfig, PolicyConfig, ValueConfig
+from trpo.errors import ConfigError
 from trpo.native import NativeMlp, checked
 from trpo.normalizer import ObservationNormalizer
 from trpo.parameters import Layout
@@ -63,6 +67,12 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
+def linearize(network: nn.Module, x: Tensor) -> Linearization:
+    """f and its Jacobian at the network's present θ: in closed form if it offers that, else by autograd."""
+    closed_form = getattr(network, "linearize", None)
+    return AutogradLinearization(network, x) if closed_form is None else cast(Linearization, closed_form(x))
+
+
 class MLP(nn.Module):
     """Fully connected network: D → hidden sizes → K, linear output.
 
@@ -81,6 +91,11 @@ class MLP(nn.Module):
             gain = head_scale if layer is layers[-1] else math.sqrt(2)
             nn.init.orthogonal_(layer.weight, gain, generator=generator)
             nn.init.zeros_(layer.bias)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer."""
+        return self.linears[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D] → [B, K]."""
@@ -109,6 +124,84 @@ class MLP(nn.Module):
         if self.native is not None and self.native.fits(x) and self.native.readable():
             return NativeLinearization(self.native, self.layout.total, x)
         return MlpLinearization(self, x)
+
+
+class BodyAndHead(nn.Module):
+    """A network of the user's up to the last layer: D → features → K, linear output."""
+
+    def __init__(self, body: nn.Module, features: int, outputs: int, *, head_scale: float, generator: torch.Generator):
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(features, outputs)
+        nn.init.orthogonal_(self.head.weight, head_scale, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, D] → [B, K]."""
+        return self.head(self.body(x))
+
+
+def build_network(
+    inputs: int,
+    outputs: int,
+    settings: PolicyConfig | ValueConfig,
+    *,
+    key: str,
+    head_scale: float,
+    generator: torch.Generator,
+) -> MLP | BodyAndHead:
+    """The network of a config, freshly initialised.
+
+    Args:
+        inputs: D.
+        outputs: K.
+        settings: of the policy or of the value function.
+        key: their name, for messages.
+        head_scale: gain of the orthogonal initialisation of the last layer.
+        generator: source of the weights; of a body's, too, through torch's own generator.
+
+    Raises:
+        ConfigError: `settings.body` cannot be imported or called, or gives no module that fits.
+    """
+    if settings.body is None:
+        sizes = [inputs, *settings.hidden_sizes, outputs]
+        return MLP(sizes, activation=settings.activation, head_scale=head_scale, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        body = _call(settings.body, inputs, key)
+    for part in body.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            kind = type(part).__name__
+            raise ConfigError(
+                f"{key}.body: {settings.body.name} holds a {kind}, which makes another network of each batch"
+            )
+    try:
+        with torch.no_grad():
+            out = body(torch.zeros(2, inputs))
+        features = int(out.shape[1]) if out.dim() == 2 and len(out) == 2 else 0
+    except Exception as error:
+        problem = f"takes no observations [B, {inputs}]: {type(error).__name__}: {error}"
+        raise ConfigError(f"{key}.body: the module of {settings.body.name} {problem}") from error
+    if not features:
+        problem = f"gives {list(out.shape)} for observations [2, {inputs}], not [2, features]"
+        raise ConfigError(f"{key}.body: the module of {settings.body.name} {problem}")
+    return BodyAndHead(body, features, outputs, head_scale=head_scale, generator=generator)
+
+
+def _call(body: BodyConfig, inputs: int, key: str) -> nn.Module:
+    module, _, name = body.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}.body.name: {body.name!r} cannot be imported: {error}") from error
+    try:
+        made = factory(inputs, **body.kwargs)
+    except Exception as error:
+        problem = f"cannot be called with {inputs} and kwargs {body.kwargs}: {type(error).__name__}: {error}"
+        raise ConfigError(f"{key}.body: {body.name} {problem}") from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{key}.body: {body.name} gave a {type(made).__name__}, not a torch.nn.Module")
+    return made
 
 
 class MlpLinearization:
@@ -234,11 +327,16 @@ class AutogradLinearization:
         with torch.enable_grad():
             self._output = torch.func.functional_call(module, copies, (x,))
             self._dual = torch.zeros_like(self._output, requires_grad=True)
+        self.output = self._output.detach()
+
+    @cached_property
+    def _pulled(self) -> Tensor:
+        """Jᵀw [P] as a function of w; not everyone asks for Jv."""
+        with torch.enable_grad():
             pulled = torch.autograd.grad(
                 self._output, self._parameters, self._dual, create_graph=True, materialize_grads=True
             )
-            self._pulled = torch.cat([p.reshape(-1) for p in pulled])
-        self.output = self._output.detach()
+            return torch.cat([p.reshape(-1) for p in pulled])
 
     def jvp(self, v: Tensor) -> Tensor:
         """Jv [B, K] for v [P]."""

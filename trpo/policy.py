@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from trpo.config import Config, LearnedStdConfig
 from trpo.distributions import DiagonalGaussian, Distribution, Ordinal, distribution_for
-from trpo.networks import MLP, AutogradLinearization, Factors, Linearization, frozen
+from trpo.networks import (
+    MLP,
+    AutogradLinearization,
+    BodyAndHead,
+    ClosedForm,
+    Factors,
+    Linearization,
+    build_network,
+    frozen,
+    linearize,
+)
 from trpo.normalizer import ObservationNormalizer
 from trpo.parameters import FlatParameters
 from trpo.schedule import value_at
@@ -46,10 +56,9 @@ class Policy(nn.Module):
 
     def linearize(self, obs: Tensor) -> Linearization:
         """η and its Jacobian at the current θ for normalised observations [B, D]."""
-        closed_form = getattr(self.network, "linearize", None)
-        if closed_form is not None and not self.theta.frozen:  # it knows no parameters that do not move
-            return cast(Linearization, closed_form(obs))
-        return AutogradLinearization(self.network, obs)
+        if self.theta.frozen:  # a closed form knows no parameters that do not move
+            return AutogradLinearization(self.network, obs)
+        return linearize(self.network, obs)
 
     @torch.inference_mode()
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
@@ -87,7 +96,7 @@ class GivenStdHead(nn.Module):
 
     given_log_std: Tensor  # [A]
 
-    def __init__(self, network: MLP, action_dim: int, *, std: float):
+    def __init__(self, network: MLP | BodyAndHead, action_dim: int, *, std: float):
         super().__init__()
         self.network = network
         self.register_buffer("given_log_std", torch.full((action_dim,), math.log(std), dtype=torch.float64))
@@ -122,7 +131,7 @@ class GivenStdLinearization:
 
     @torch.no_grad()
     def __init__(self, head: GivenStdHead, obs: Tensor):
-        self._inner = head.network.linearize(obs)
+        self._inner = linearize(head.network, obs)
         mean = self._inner.output
         self.output = torch.cat([mean, head.given_log_std.expand_as(mean)], -1)
 
@@ -135,6 +144,7 @@ class GivenStdLinearization:
         return self._inner.vjp(_mean_part(u))
 
     def kronecker_factors(self, u: Tensor) -> list[Factors]:
+        assert isinstance(self._inner, ClosedForm)  # the config lets no others be preconditioned
         return self._inner.kronecker_factors(_mean_part(u))
 
 
@@ -150,16 +160,18 @@ class GaussianHead(nn.Module):
     state-independent σ, or the second half of the network's output.
     """
 
-    def __init__(self, network: MLP, action_dim: int, *, initial_std: float, std_bounds: tuple[float, float]):
+    def __init__(
+        self, network: MLP | BodyAndHead, action_dim: int, *, initial_std: float, std_bounds: tuple[float, float]
+    ):
         super().__init__()
         self.network = network
         self.action_dim = action_dim
         self.low, self.high = (math.log(bound) for bound in std_bounds)
         raw = self._unbound(math.log(initial_std))
-        self.state_dependent = network.linears[-1].out_features == 2 * action_dim
+        self.state_dependent = network.head.out_features == 2 * action_dim
         if self.state_dependent:
             with torch.no_grad():
-                network.linears[-1].bias[action_dim:].fill_(raw)
+                network.head.bias[action_dim:].fill_(raw)
         else:
             self.raw_log_std = nn.Parameter(torch.full((action_dim,), raw))
 
@@ -218,7 +230,7 @@ class GaussianLinearization:
 
     @torch.no_grad()
     def __init__(self, head: GaussianHead, obs: Tensor):
-        self._inner = head.network.linearize(obs)
+        self._inner = linearize(head.network, obs)
         self._free = 0 if head.state_dependent else head.action_dim
         out = self._inner.output
         if self._free:
@@ -245,6 +257,7 @@ class GaussianLinearization:
 
     @torch.no_grad()
     def kronecker_factors(self, u: Tensor) -> list[Factors]:
+        assert isinstance(self._inner, ClosedForm)
         if not self._free:
             return self._inner.kronecker_factors(u * self._slope)
         u_mean, u_log_std = u.chunk(2, -1)
@@ -267,22 +280,24 @@ def build_policy(
     obs_dim = observation_space.shape[0]
     std = settings.std if isinstance(distribution, DiagonalGaussian) else None
     from_state = std is None or (isinstance(std, LearnedStdConfig) and std.state_dependent)
-    mlp = MLP(
-        [obs_dim, *settings.hidden_sizes, distribution.param_dim if from_state else distribution.action_dim],
-        activation=settings.activation,
+    inner = build_network(
+        obs_dim,
+        distribution.param_dim if from_state else distribution.action_dim,
+        settings,
+        key="policy",
         head_scale=settings.mean_head_scale,
         generator=generator,
     )
-    network: nn.Module = mlp
+    network: nn.Module = inner
     if isinstance(distribution, Ordinal):
         assert isinstance(settings.std, LearnedStdConfig)  # the config allows no other beside bins
         with torch.no_grad():
-            mlp.linears[-1].bias.copy_(distribution.normal(settings.std.initial))
+            inner.head.bias.copy_(distribution.normal(settings.std.initial))
     if isinstance(std, LearnedStdConfig):
         bounds = (std.min, std.max)
-        network = GaussianHead(mlp, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)
+        network = GaussianHead(inner, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)
     elif std is not None:
-        network = GivenStdHead(mlp, distribution.action_dim, std=value_at(std, 0.0))
+        network = GivenStdHead(inner, distribution.action_dim, std=value_at(std, 0.0))
     normalizer = build_normalizer(config, obs_dim)
     return Policy(network.to(device, dtype), distribution, normalizer.to(device))
 

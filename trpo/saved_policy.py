@@ -7,6 +7,7 @@ is why that is asked for separately: `SavedPolicy.environment`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,15 +26,27 @@ from trpo.config_difference import config_difference
 from trpo.device import resolve_device
 from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.spaces import ActionEncoding
-from trpo.errors import CheckpointError, EnvError, did_you_mean, nearest_path
+from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, nearest_path
 from trpo.policy import Policy, build_policy
 
 KIND = "trpo policy"
+
+
+class UntrustedCodeError(CheckpointError):
+    """A saved policy names code to import, which nobody has allowed."""
+
+    def __init__(self, path: Path, named: str, call: str):
+        super().__init__(
+            f"{path}: its {named} may make Python import code that the policy names; if you trust its origin, allow "
+            f"that with --trust-code (in Python: {call})"
+        )
+
 
 # Settings that make another function, or none, of the same parameters. Whether σ is learned is one more.
 _SHAPING = (
     "policy.hidden_sizes",
     "policy.activation",
+    "policy.body",
     "policy.bins",
     "policy.std.min",
     "policy.std.max",
@@ -66,15 +79,12 @@ class SavedPolicy:
                 trust: importing a module runs it.
 
         Raises:
-            CheckpointError: the settings name code, and `trust_code` is off.
+            UntrustedCodeError: the settings name code, and `trust_code` is off.
         """
         env = self.config.env
         named = None if trust_code else named_code(env)
         if named is not None:
-            raise CheckpointError(
-                f"{self.path}: its {named} may make Python import code that the policy names; if you trust its "
-                "origin, allow that with --trust-code (in Python: policy.environment(trust_code=True))"
-            )
+            raise UntrustedCodeError(self.path, named, "policy.environment(trust_code=True)")
         return env
 
     def act(
@@ -162,28 +172,63 @@ def save_policy(
     save_state(path, state, replace=True)
 
 
-def load_policy(path: str | Path, *, device: str = "cpu") -> SavedPolicy:
+def policy_settings(path: str | Path) -> Config:
+    """The settings of the run that a saved policy came from; builds and imports nothing.
+
+    Raises:
+        CheckpointError: as `load_policy`.
+    """
+    directory, state = _read(Path(path))
+    with _one_kind_of_error(directory):
+        return _config(state)
+
+
+def load_policy(path: str | Path, *, device: str = "cpu", trust_code: bool = False) -> SavedPolicy:
     """Opens a policy directory, or the `final/` (else `best/`) policy of a run directory.
 
     Args:
         path: the directory.
         device: where the policy computes: cpu, cuda, cuda:N or auto.
+        trust_code: allow `policy.body`, layers of somebody's own, to make Python import the module it names.
 
     Raises:
         CheckpointError: nothing there, damaged, or not a policy.
+        UntrustedCodeError: it names code, and `trust_code` is off.
+        ConfigError: the code that it names cannot be imported, or gives no module that fits.
         UserError: no such device.
     """
-    directory = _policy_directory(Path(path))
+    directory, state = _read(Path(path))
     on = resolve_device(device)  # a device that does not exist is not the file's fault
+    with _one_kind_of_error(directory):
+        return _restore(state, directory, on, trust_code)
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory of the policy that a path means, and what it holds."""
+    directory = _policy_directory(path)
     state = load_state(directory)
     kind = state.get("kind", "training checkpoint") if isinstance(state, dict) else "something else"
     if kind != KIND:
         raise CheckpointError(f"{directory} holds a {str(kind)[:40]!r}, not a policy; give a run or its final/")
+    return directory, state
+
+
+@contextlib.contextmanager
+def _one_kind_of_error(directory: Path) -> Iterator[None]:
     try:
-        return _restore(state, directory, on)
+        yield
+    except (ConfigError, UntrustedCodeError):
+        raise
     except Exception as error:  # a trust boundary: hostile values raise anything, and users see one kind
         first_line = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise CheckpointError(f"{directory} is not a policy this version can open ({first_line})") from error
+
+
+def _config(state: dict[str, Any]) -> Config:
+    settings = state["config"]
+    # Without a word on bins it was saved before there were any.
+    settings = settings | {"policy": {"bins": None} | settings["policy"]}
+    return Config.model_validate_json(json.dumps(settings))
 
 
 def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
@@ -246,12 +291,11 @@ def _directories(path: Path) -> list[Path]:
         return []
 
 
-def _restore(state: dict[str, Any], directory: Path, device: torch.device) -> SavedPolicy:
+def _restore(state: dict[str, Any], directory: Path, device: torch.device, trust_code: bool) -> SavedPolicy:
     """The policy that a state describes. Raises anything if it describes none."""
-    settings = state["config"]
-    # Without a word on bins it was saved before there were any.
-    settings = settings | {"policy": {"bins": None} | settings["policy"]}
-    config = Config.model_validate_json(json.dumps(settings))
+    config = _config(state)
+    if (body := config.policy.body) is not None and not trust_code:
+        raise UntrustedCodeError(directory, f"policy.body ({body.name!r})", "load_policy(path, trust_code=True)")
     action_space = decode_space(state["action_space"])
     obs_dim, info = state["obs_dim"], state["info"]
     if type(obs_dim) is not int or not isinstance(info, dict):
@@ -269,6 +313,8 @@ def _restore(state: dict[str, Any], directory: Path, device: torch.device) -> Sa
 
 def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], tensors: dict[str, Tensor]) -> None:
     """Refuses settings that describe larger layers than are stored, before memory is taken for them."""
+    if config.policy.body is not None:
+        return  # nobody knows how large it is before it is built
     distribution = distribution_for(action_space, bins=config.policy.bins)
     outputs = distribution.action_dim if isinstance(distribution, DiagonalGaussian) else distribution.param_dim
     described = sum(rows * columns for rows, columns in pairwise([obs_dim, *config.policy.hidden_sizes, outputs]))

@@ -39,7 +39,7 @@ from trpo.natural_gradient import StepReport
 from trpo.policy import Policy
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.run_directory import RunDirectory, RunLock
-from trpo.saved_policy import load_policy, save_policy
+from trpo.saved_policy import SavedPolicy, load_policy, policy_settings, save_policy
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
 from trpo.video import VideoError, try_recording
@@ -111,7 +111,10 @@ class Trainer:
         self._lock: RunLock | None = None
         if resume and start_from:
             raise UserError(f"a run that goes on has a policy already: {start_from} is for new ones")
-        self._origin = load_policy(start_from) if start_from else None
+        self._origin: SavedPolicy | None = None
+        if start_from:
+            known = policy_settings(start_from).policy.body == config.policy.body  # code that this config names, too
+            self._origin = load_policy(start_from, trust_code=known)
         self.group = join_group(self.device)
         self._listener = _Listener(self._warn)
         logging.getLogger("trpo.envs").addHandler(self._listener)
@@ -210,9 +213,10 @@ class Trainer:
         if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
             self._say("note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler")
         inputs = self.agent.policy.normalizer.moments.mean.shape[0]
-        if inputs >= IMAGE_SIZE:
+        if inputs >= IMAGE_SIZE and self.config.policy.body is None:
             self._say(
-                f"note: {inputs} components of an observation all go into one layer; env.wrappers can reduce images"
+                f"note: {inputs} components of an observation all go into one layer; env.wrappers can reduce images, "
+                "policy.body and value.body look at them otherwise"
             )
         if note := _std_beside_bounds(self.agent.policy, self.action_space):
             self._say(f"note: {note}")
@@ -258,7 +262,7 @@ class Trainer:
         if self.updates != self.config.updates or not self.run.final.is_dir():
             return False
         try:
-            return load_policy(self.run.final).info["env_steps"] == self.env_steps
+            return load_policy(self.run.final, trust_code=True).info["env_steps"] == self.env_steps
         except CheckpointError:
             return False
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
 from trpo.native import NativeMlp, adam_step, takes_vectors
 from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
-from trpo.networks import MLP, ClosedForm
+from trpo.networks import MLP, BodyAndHead, ClosedForm, Linearization, build_network, linearize
 from trpo.parameters import FlatParameters
 from trpo.reduction import AllSum, one_process, total_count
 
@@ -22,7 +22,7 @@ from trpo.reduction import AllSum, one_process, total_count
 class ValueFunction(nn.Module):
     """V(s) for normalised observations, in units of scaled reward."""
 
-    def __init__(self, network: MLP):
+    def __init__(self, network: MLP | BodyAndHead):
         super().__init__()
         self.network = network
         self.theta = FlatParameters(self)
@@ -113,8 +113,13 @@ class AdamFit:
         self._adam = Adam(value.theta.vector)
         self._linearizations: dict[int, ClosedForm] = {}  # work space by minibatch size; a fit has two at most
 
-    @torch.inference_mode()  # less to do per operation than `no_grad`, which counts where the operations are this small
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
+        # Less to do per operation than with `no_grad`, which counts where operations are this small. But only in the
+        # latter can autograd be allowed, which other networks need.
+        with torch.inference_mode(isinstance(value.network, MLP)), torch.no_grad():
+            return self._fit(value, obs, target, progress)
+
+    def _fit(self, value: ValueFunction, obs: Tensor, target: Tensor, progress: float) -> FitReport:
         learning_rate = self.learning_rate(progress)
         if len(self._linearizations) > 2:  # batches vary in size where rows are resets, and each has sizes of its own
             self._linearizations.clear()
@@ -125,7 +130,7 @@ class AdamFit:
         total = total_count(len(obs), self.all_sum)
         batches = max(1, int(total) // self.settings.minibatch_size)
         sizes = [len(rows) for rows in target.tensor_split(batches)]
-        native = value.network.native if self.all_sum is one_process else None  # it does not sum on the way
+        native = getattr(value.network, "native", None) if self.all_sum is one_process else None  # it sums nothing
         counts = self.all_sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
         for _ in range(self.settings.epochs):
             order = torch.randperm(len(obs), generator=self.generator).to(obs.device)
@@ -148,11 +153,13 @@ class AdamFit:
 
     def _step(self, value: ValueFunction, obs: Tensor, target: Tensor, count: float, learning_rate: float) -> None:
         """One step on a minibatch, obs [b, D] and target [b, 1], of `count` samples, all processes together."""
-        linearization = self._linearizations.get(len(obs))
-        if linearization is None:
-            linearization = self._linearizations[len(obs)] = value.network.linearize(obs)
-        else:
+        linearization: Linearization | None = self._linearizations.get(len(obs))
+        if isinstance(linearization, ClosedForm):
             linearization.move(obs)
+        else:
+            linearization = linearize(value.network, obs)
+            if isinstance(linearization, ClosedForm):
+                self._linearizations[len(obs)] = linearization
         error = linearization.output.sub_(target).mul_(2 / count)
         gradient = self.all_sum(linearization.vjp(error))
         self._adam.step(value.theta.vector, gradient, learning_rate)
@@ -240,7 +247,7 @@ class GaussNewtonFit:
 
     def _step(self, value: ValueFunction, obs: Tensor, target: Tensor, loss: float, count: float) -> float:
         """One step; the loss after it. Not below `loss`, or NaN, if the step was refused and undone."""
-        linearization = value.network.linearize(obs)
+        linearization = linearize(value.network, obs)
         error = linearization.output.squeeze(-1) - target
         descent = self.all_sum(linearization.vjp(-error.unsqueeze(-1))).div_(count)
         if not math.isfinite(float(descent.norm())):
@@ -290,7 +297,5 @@ def explained_variance(prediction: Tensor, target: Tensor, all_sum: AllSum = one
 def build_value(config: Config, obs_dim: int, *, generator: torch.Generator, device: torch.device) -> ValueFunction:
     """A freshly initialised value function for flat observations [D]."""
     settings = config.value
-    network = MLP(
-        [obs_dim, *settings.hidden_sizes, 1], activation=settings.activation, head_scale=1.0, generator=generator
-    )
+    network = build_network(obs_dim, 1, settings, key="value", head_scale=1.0, generator=generator)
     return ValueFunction(network.to(device, getattr(torch, config.dtype)))

@@ -192,7 +192,7 @@ PHASES = ("rollout", "advantages", "policy_update", "value_fit", "statistics")  
 
 
 def _score(config: Config, run_path: Path, episodes: int, *, wall_s: float) -> dict[str, Any]:
-    saved = load_policy(run_path / "final")
+    saved = load_policy(run_path / "final", trust_code=True)
     scores, stochastic = (
         evaluate(
             saved.policy,

@@ -1,0 +1,192 @@
+"""Layers of a user's own in whole runs: what they compute, and that they learn, resume and open like built-in ones."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bodies import Gated
+from commands import config_for, one_line, run_script
+from gymnasium import spaces
+from helpers import F64, randn, seeded
+from test_resume import assert_same_run
+
+from trpo.agent import Agent
+from trpo.checkpoint import load_state
+from trpo.config import Config
+from trpo.distributed import join_group
+from trpo.errors import CheckpointError, ConfigError
+from trpo.networks import BodyAndHead
+from trpo.policy import build_policy
+from trpo.saved_policy import UntrustedCodeError, load_policy, policy_settings
+from trpo.trainer import Trainer
+from trpo.value import FitReport, ValueFunction
+
+CPU = torch.device("cpu")
+OBS = randn(64, 3)
+TARGET = OBS[:, 0] * OBS[:, 1].sigmoid()  # which these layers can be
+BODY = {"name": "bodies:Gated", "kwargs": {"width": 5}}
+
+
+def config(env_id: str = "Pendulum-v1", *, fit: str = "adam", policy: Any = None, **changes: Any) -> Config:
+    return config_for(
+        env_id,
+        env={"id": env_id, "num_envs": 2},
+        total_steps=192,
+        batch_size=64,
+        device="cpu",
+        policy={"body": BODY, **(policy or {})},
+        value={"body": BODY, "fit": fit, "adam": {"epochs": 2, "minibatch_size": 16}},
+        evaluation={"every_steps": 0, "final_episodes": 1},
+        **changes,
+    )
+
+
+def test_the_last_layer_is_put_on_the_body_and_starts_as_the_built_in_one_does() -> None:
+    box, actions = spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-2, 2, (1,))
+    policy = build_policy(config(dtype="float64"), box, actions, generator=seeded(), device=CPU)
+    network = policy.network
+    assert isinstance(network, BodyAndHead) and isinstance(network.body, Gated)
+    # Gain 0.01 on orthogonal rows; the bias of a Gaussian of σ 0.4 around the middle, as ever.
+    gram = network.head.weight @ network.head.weight.T
+    assert network.head.weight.shape == (11, 3 + 5)
+    torch.testing.assert_close(gram.diagonal().sum(), torch.tensor(8 * 1e-4, dtype=F64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(network.head.bias, policy.distribution.normal(0.4), rtol=1e-6, atol=1e-6)  # of float32
+    x = randn(7, 3)
+    by_hand = torch.cat([x, (x @ network.body.value.weight.T + network.body.value.bias)
+                         * torch.sigmoid(x @ network.body.gate.weight.T + network.body.gate.bias)], -1)  # fmt: skip
+    expected = by_hand @ network.head.weight.T + network.head.bias
+    torch.testing.assert_close(policy(x), expected, rtol=1e-12, atol=1e-12)
+    torch.manual_seed(8)  # nothing hangs on torch's own generator
+    again = build_policy(config(dtype="float64"), box, actions, generator=seeded(), device=CPU)
+    other = build_policy(config(dtype="float64"), box, actions, generator=seeded(1), device=CPU)
+    assert torch.equal(again.theta.vector, policy.theta.vector)
+    assert not torch.equal(other.network.body.value.weight, network.body.value.weight)
+
+
+def fitted(fit: str, epochs: int, times: int) -> tuple[ValueFunction, ValueFunction, FitReport]:
+    """V before and after so many fits to a product of an observation with a sigmoid of another."""
+    settings = config(fit=fit, dtype="float64")
+    adam = settings.value.adam.model_copy(update={"epochs": epochs, "minibatch_size": 64})
+    settings = settings.model_copy(update={"value": settings.value.model_copy(update={"adam": adam})})
+    box, actions = spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-2, 2, (1,))
+    agent = Agent(settings, box, actions, num_envs=2, group=join_group(CPU), device=CPU)
+    before = copy.deepcopy(agent.value)
+    for _ in range(times):
+        report = agent.value_fit.fit(agent.value, OBS, TARGET, progress=0.0)
+    return before, agent.value, report
+
+
+def test_v_is_fitted_as_torchs_own_adam_would() -> None:
+    expected, value, _ = fitted("adam", epochs=4, times=2)
+    assert isinstance(value.network, BodyAndHead)
+    optimiser = torch.optim.Adam(expected.parameters(), lr=1e-3, eps=1e-5)
+    for _ in range(8):  # one minibatch an epoch, in another order
+        optimiser.zero_grad()
+        (expected(OBS) - TARGET).square().mean().backward()
+        optimiser.step()
+    # Steps of 1e-3 that sums in another order change by rounding alone.
+    torch.testing.assert_close(value.theta.vector, expected.theta.vector, rtol=0, atol=1e-11)
+
+
+def test_v_is_fitted_by_gauss_newton_where_no_straight_line_is() -> None:
+    _, _, report = fitted("gauss_newton", epochs=1, times=30)
+    straight = torch.cat([OBS, torch.ones(64, 1, dtype=F64)], -1)
+    residual = straight @ torch.linalg.lstsq(straight, TARGET[:, None]).solution - TARGET[:, None]
+    assert report.loss_after < 0.2 * float(residual.square().mean())
+
+
+POLICIES = {
+    "ordinal": ("Pendulum-v1", {}),
+    "gaussian": ("Pendulum-v1", {"bins": None}),
+    "gaussian_state_std": ("Pendulum-v1", {"bins": None, "std": {"state_dependent": True}}),
+    "gaussian_given_std": ("Pendulum-v1", {"bins": None, "std": 0.5}),
+    "categorical": ("CartPole-v1", {}),
+}
+
+
+@pytest.mark.parametrize("fit", ["adam", "gauss_newton"])
+@pytest.mark.parametrize("kind", POLICIES)
+def test_it_trains_resumes_to_the_bit_and_is_opened(kind: str, fit: str, tmp_path: Path) -> None:
+    env_id, policy = POLICIES[kind]
+    settings = config(env_id, policy=policy, fit=fit)
+    whole = Trainer(settings, root=tmp_path / "a", console=False).train().directory
+    run = Trainer(settings, root=tmp_path / "b", console=False).train(max_updates=1).directory
+    first = load_state(next((run / "checkpoints").iterdir()))["agent"]
+    Trainer(settings, resume=run, console=False).train()
+    assert_same_run(whole, run)
+    last = load_policy(run, trust_code=True)
+    for name in ("value", "gate"):
+        key = next(key for key in first["policy"] if key.endswith(f"body.{name}.weight"))
+        assert not torch.equal(last.policy.state_dict()[key], first["policy"][key])
+    assert last.action_space.contains(last.act(np.zeros(last.obs_dim, np.float32)))
+
+
+def test_a_saved_one_is_opened_only_by_who_trusts_it(tmp_path: Path, capsys, monkeypatch) -> None:
+    run = Trainer(config(), root=tmp_path, console=False).train().directory
+    with pytest.raises(UntrustedCodeError, match=r"its policy.body \('bodies:Gated'\) may make Python import code"):
+        load_policy(run)
+    assert policy_settings(run).policy.body.kwargs == {"width": 5}
+    arguments = ("evaluate.py", run, "--episodes", 1)
+    refused = run_script(*arguments, capture=capsys, patch=monkeypatch)
+    assert refused.status == 2 and "--trust-code" in one_line(refused.err)
+    assert run_script(*arguments, "--trust-code", capture=capsys, patch=monkeypatch).status == 0
+    # A run whose settings name the same code trusts it; others do not.
+    new = Trainer(config(), root=tmp_path, console=False, start_from=run)
+    assert torch.equal(new.agent.policy.theta.vector, load_policy(run, trust_code=True).policy.theta.vector)
+    new.close()
+    with pytest.raises(UntrustedCodeError):
+        Trainer(config(policy={"body": None, "hidden_sizes": (8,)}), root=tmp_path, console=False, start_from=run)
+
+
+def test_one_that_no_longer_gives_the_same_layers_is_said(tmp_path: Path, monkeypatch) -> None:
+    run = Trainer(config(), root=tmp_path, console=False).train().directory
+    monkeypatch.setattr("bodies.Gated", lambda inputs, width: torch.nn.Linear(inputs, width))
+    with pytest.raises(CheckpointError, match="is not a policy this version can open"):
+        load_policy(run, trust_code=True)
+    monkeypatch.delattr("bodies.Gated")
+    with pytest.raises(ConfigError, match=r"policy.body.name: 'bodies:Gated' cannot be imported"):
+        load_policy(run, trust_code=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "problem"),
+    [
+        ("nowhere:Net", {}, r"policy.body.name: 'nowhere:Net' cannot be imported: No module named 'nowhere'"),
+        ("bodies:Nothing", {}, r"policy.body.name: 'bodies:Nothing' cannot be imported"),
+        ("bodies:Gated", {"depth": 2}, r"policy.body: bodies:Gated cannot be called with 3 and kwargs {'depth': 2}"),
+        ("bodies:raises", {}, r"cannot be called with 3 and kwargs {}: ZeroDivisionError: no layers left"),
+        ("bodies:number", {}, r"bodies:number gave a int, not a torch.nn.Module"),
+        ("bodies:Flat", {}, r"the module of bodies:Flat gives \[6\] for observations \[2, 3\], not \[2, features\]"),
+        ("bodies:Narrow", {}, r"the module of bodies:Narrow takes no observations \[B, 3\]: RuntimeError"),
+        ("bodies:drops", {}, r"bodies:drops holds a Dropout, which makes another network of each batch"),
+        ("bodies:normalizes", {}, r"bodies:normalizes holds a BatchNorm1d"),
+    ],
+)
+def test_a_body_that_does_not_fit_is_one_line(name: str, kwargs: Any, problem: str, tmp_path: Path) -> None:
+    settings = config(policy={"body": {"name": name, "kwargs": kwargs}})
+    with pytest.raises(ConfigError, match=problem):
+        Trainer(settings, root=tmp_path, console=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_preconditioner_needs_layers_it_knows() -> None:
+    with pytest.raises(ValueError, match="must be null with layers of your own"):
+        config(natural_gradient={"preconditioner": "kronecker"})
+
+
+def test_a_copy_in_another_place_finds_its_module_in_the_working_directory(tmp_path: Path, capsys, monkeypatch) -> None:
+    shutil.copy(Path(__file__).with_name("bodies.py"), tmp_path / "my_layers.py")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(
+        "env: {id: Pendulum-v1, num_envs: 2}\ntotal_steps: 64\nbatch_size: 64\n"
+        "policy: {body: {name: 'my_layers:Gated', kwargs: {width: 3}}}\nevaluation: {final_episodes: 1}\n"
+    )
+    outcome = run_script("train.py", "--config", "c.yaml", capture=capsys, patch=monkeypatch)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.splitlines()[-1].endswith("--trust-code")
