@@ -21,7 +21,11 @@ from trpo.trainer import Trainer
 def main() -> int:
     args = _parse()
     config, resume = _settings(args)
-    start_from = None if args.resume == "auto" and resume else args.start_from
+    start_from = args.start_from
+    if start_from and resume and args.resume == "auto":
+        start_from = None
+        if _leads():
+            print(f"goes on in {resume}, which has a policy: --from is for new runs")
     trainer = Trainer(config, root=args.root, resume=resume, start_from=start_from)
     result = trainer.train()
     if trainer.group.leads and result.evaluation is not None:
@@ -30,6 +34,11 @@ def main() -> int:
         script = os.path.relpath(Path(__file__).with_name("evaluate.py"))
         print(f"saved in {result.directory}; evaluate it with: {_python()} {script} {result.directory}{trust}")
     return result.exit_status
+
+
+def _leads() -> bool:
+    """Whether this is the one process that prints, among those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _python() -> str:
@@ -86,7 +95,7 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
         raise UserError("say what to train: --config FILE, for example configs/pendulum.yaml, or --env ID")
     else:
         run = find_run(Path(args.root), given) if args.resume else None
-        if args.resume and run is None and os.environ.get("RANK", "0") == "0":
+        if args.resume and run is None and _leads():
             which = f"{given.env.id}, name {given.name}, seed {given.seed}"
             print(f"no run of {which} to go on with in {args.root}: begins a new one")
         if run is None:

@@ -350,6 +350,8 @@ def test_error_in_a_whole_file(text: str, message: str) -> None:
         ),
         ("env.wrappers.0.name=a:B", "env.wrappers: is a list: give the whole of it"),
         ("env.wrappers[0].name=a:B", "env.wrappers: is a list: give the whole of it"),
+        ("policy.hidden_sizes[1]=32", "policy.hidden_sizes: is a list: give the whole of it"),
+        ("seed[0]=3", '"seed[0]": unknown setting; did you mean seed?'),
         ("env.kwargs.k=off", 'env.kwargs.k: off is text in YAML: write false, or "off" for the text'),
         ("batch_size=33", "batch_size: 33 is not a multiple of env.num_envs 16; 48 is"),
         (

@@ -295,9 +295,9 @@ class TestSettings:
     def test_the_trainer_gives_its_device(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         given = []
 
-        def recording(*args: Any, device: torch.device) -> Any:
+        def recording(*args: Any, device: torch.device, **others: Any) -> Any:
             given.append(device)
-            return make_envs(*args, device=device)
+            return make_envs(*args, device=device, **others)
 
         monkeypatch.setattr(trpo.trainer, "make_envs", recording)
         Trainer(run_config("CartPole-v1"), root=tmp_path, console=False).close()

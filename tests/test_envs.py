@@ -446,19 +446,20 @@ class TestExactResume:
         ],
     )
     def test_what_cannot_be_replayed_begins_new_episodes_and_says_why(
-        self, fault: str, why: str, backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+        self, fault: str, why: str, backend: str, tmp_path: Path
     ) -> None:
         kwargs = {"only": 6, "marker": str(tmp_path / "marker")}
         settings = EnvConfig(id=f"faulty_envs:{fault}-v0", backend=backend, workers=2, kwargs=kwargs)
-        envs, anew = (make_envs(settings, [5, 6]) for _ in range(2))
+        warnings: list[str] = []
+        envs, anew = (make_envs(settings, [5, 6], on_warning=warnings.append) for _ in range(2))
         action = torch.zeros(2, 1, dtype=torch.int64)
         first = envs.reset().clone()
         for _ in range(2):
             envs.step(action)
         obs = anew.load_state_dict(through_json(envs.state_dict())).clone()
         assert envs.exact_resume and not anew.exact_resume
-        (record,) = caplog.records
-        assert re.fullmatch(f"{why}.*; the run goes on with new episodes", record.getMessage())
+        (warning,) = warnings
+        assert re.fullmatch(f"{why}.*; the run goes on with new episodes", warning)
         assert obs[:, 1].tolist() == [0, 0] and not (obs[:, 0] == first[:, 0]).any()  # with seeds of their own
         assert anew.step(action).next_obs.tolist() == [[obs[0, 0], 1], [obs[1, 0], 1]]
         envs.close()
@@ -594,13 +595,39 @@ class TestVectorEnvAdapter:
 
     def test_the_first_name_of_success_comes_first(self) -> None:
         assert success_of({"success": 0.0, "is_success": 1.0}) == 1.0
-        assert np.isnan(success_of({"success": "on Sundays"}))  # it means something else there
+        for other in ("on Sundays", 7, -1.5, {"goal": 1.0}):  # it means something else there
+            assert np.isnan(success_of({"success": other}))
         assert np.isnan(success_of({}))
 
     @pytest.mark.parametrize("given", ["yes", np.ones(2), {}])
     def test_success_of_another_kind_is_named(self, given: Any) -> None:
         with pytest.raises(EnvError, match=r"info\['is_success'\] is .*: report True, False or a number"):
             success_of({"is_success": given})
+
+    @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+    @pytest.mark.parametrize(("given", "expected"), [({"goal": 1.0}, np.nan), (True, 1.0), (0.25, 0.25), (7, np.nan)])
+    def test_success_by_its_second_name(self, mode: AutoresetMode, given: Any, expected: float) -> None:
+        class Told(faulty_envs.Drawing):
+            def step(self, action: Any) -> Any:
+                *step, truncated, _ = super().step(action)
+                return *step, truncated, {"success": given} if truncated else {}
+
+        envs = VectorEnvAdapter(SyncVectorEnv([Told, Told], autoreset_mode=mode))
+        envs.reset()
+        success = [envs.step(torch.zeros(2, 1, dtype=torch.int64)).success.tolist() for _ in range(5)][-1]
+        assert np.array_equal(success, [expected] * 2, equal_nan=True)
+
+    def test_what_it_raises_is_named(self) -> None:
+        class Failing(SyncVectorEnv):
+            def step(self, actions: Any) -> Any:
+                raise RuntimeError("simulator fell over")
+
+        envs = VectorEnvAdapter(Failing([faulty_envs.Drawing], autoreset_mode=AutoresetMode.NEXT_STEP))
+        envs.reset()
+        with pytest.raises(
+            EnvError, match=r"after 0 steps, raised RuntimeError: simulator fell over \(.*test_envs.py:\d+"
+        ):
+            envs.step(torch.zeros(1, 1, dtype=torch.int64))
 
     def test_dict_observations_and_start_offset(self) -> None:
         space = Dict(b=Box(-1, 1, (2,)), a=Discrete(3))

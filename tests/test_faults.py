@@ -249,13 +249,31 @@ def test_an_environment_that_raises_costs_the_running_episodes_and_nothing_else(
     marker = tmp_path / "raised"
     settings = config(env={**env, "kwargs": {"steps": 70, "marker": str(marker)}}, checkpoint={"every_steps": 10**6})
     trainer = Trainer(settings, root=tmp_path, console=False)
+    first = trainer.collector.obs.clone()
     with pytest.raises(EnvError, match="out of fuel"):
         trainer.train()
     run, learned = trainer.run.path, trainer.agent.policy.theta.vector
     again = Trainer(load_config(run / "config.yaml"), resume=run, console=False)
+    assert "the run goes on with new episodes" in (run / "log.txt").read_text()
+    assert not torch.equal(again.collector.obs, first)  # nor are they those that the run began with
     assert again.env_steps == 192 and torch.equal(again.agent.policy.theta.vector, learned)
     assert again.collector._running_length.tolist() == [0, 0, 0]
     assert again.train().env_steps == 384
+
+
+def test_one_that_raises_right_after_a_resume_leaves_the_exact_checkpoint(tmp_path: Path, monkeypatch: Patch) -> None:
+    undisturbed = train(config(), tmp_path / "a").directory
+    run = train(config(), tmp_path / "b", max_updates=2).directory
+    trainer = Trainer(config(), resume=run, console=False)
+
+    def fails(action: Any) -> Any:
+        raise EnvError("transient")
+
+    monkeypatch.setattr(trainer.env, "step", fails)
+    with pytest.raises(EnvError, match="transient"):
+        trainer.train()
+    resume(run)
+    assert_same_run(undisturbed, run)
 
 
 # --- 3, 4: the disk is full ---

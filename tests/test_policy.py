@@ -277,7 +277,7 @@ def test_build_normalizer_follows_the_config() -> None:
     assert (normalizer.enabled, normalizer.clip, normalizer.shift.dtype) == (False, 3.0, F64)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
 @pytest.mark.parametrize("kind", POLICIES)
 def test_a_copy_acts_alike_and_moves_by_itself(kind: str, again: Callable[[Policy], Policy]) -> None:
     policy, obs = make_policy(kind), randn(5, OBS_DIM)
@@ -292,3 +292,15 @@ def test_a_copy_acts_alike_and_moves_by_itself(kind: str, again: Callable[[Polic
     assert torch.equal(parameters, policy.theta.vector + 0.1)
     other.load_state_dict(policy.state_dict())  # which refreshes its own normaliser
     assert torch.equal(other.mode(obs), before)
+
+
+def test_a_pickle_holds_theta_once() -> None:
+    policy = make_policy(hidden=(200, 200))
+    size = policy.theta.vector.numel() * 8
+    assert size < len(pickle.dumps(policy)) < 1.1 * size
+
+
+def test_a_policy_that_is_all_frozen_acts_and_is_copied() -> None:
+    policy, obs = make_policy(), randn(5, OBS_DIM)
+    for other in (copy.deepcopy(policy.requires_grad_(False)), pickle.loads(pickle.dumps(policy))):
+        assert torch.equal(other.mode(obs), policy.mode(obs)) and other.theta.vector.shape == (0,)

@@ -152,7 +152,7 @@ def test_the_order_of_sets_and_dicts_plays_no_part(tmp_path):
     assert_same_run(here, there)
 
 
-def test_a_run_without_a_checkpoint_or_of_other_shape_is_not_resumed(tmp_path):
+def test_a_run_without_a_checkpoint_or_of_other_shape_is_not_resumed(tmp_path, capsys):
     run = train(config(), tmp_path, max_updates=1).directory
     with pytest.raises(CheckpointError, match="does not fit"):
         Trainer(config(policy={"hidden_sizes": (4,)}), resume=run, console=False)
@@ -160,6 +160,7 @@ def test_a_run_without_a_checkpoint_or_of_other_shape_is_not_resumed(tmp_path):
         (checkpoint / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         Trainer(config(), resume=run, console=False)
+    assert "warning: skipped a damaged checkpoint" in capsys.readouterr().err
 
 
 def test_sigterm_saves_a_checkpoint_and_the_run_goes_on_from_there(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from commands import config_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_env_workers import GONE_S, wait_until_gone
 
 from trpo.agent import UpdateReport
 from trpo.checkpoint import checkpoint_paths
@@ -65,20 +68,17 @@ def test_actions_get_noise_of_the_color_that_the_settings_name(tmp_path: Path) -
 
 def test_a_run_with_two_threads_has_the_bits_of_one_with_one(tmp_path: Path) -> None:
     """A batch of more rows than compiled code would share with torch's threads, had torch more than one."""
-    threads, thetas = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            config = config_for("Pendulum-v1", total_steps=1024, batch_size=512, device="cpu", threads=count)
-            with closing(Trainer(config, root=tmp_path, console=False)) as source:
-                assert torch.get_num_threads() == 1
-                for _ in range(2):
-                    source._iteration()
-                thetas.append((source.agent.policy.theta.vector, source.agent.value.theta.vector))
-        config = config_for("Pendulum-v1", device="cpu", threads=2, value={"fit_first": True})
-        with closing(Trainer(config, root=tmp_path, console=False)):
-            assert torch.get_num_threads() == 2  # one after the other
-    finally:
-        torch.set_num_threads(threads)
+    thetas = []
+    for count in (1, 2):
+        config = config_for("Pendulum-v1", total_steps=1024, batch_size=512, device="cpu", threads=count)
+        with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
+            assert torch.get_num_threads() == 1
+            for _ in range(2):
+                source._iteration()
+            thetas.append((source.agent.policy.theta.vector, source.agent.value.theta.vector))
+    config = config_for("Pendulum-v1", device="cpu", threads=2, value={"fit_first": True})
+    with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
+        assert torch.get_num_threads() == 2  # one after the other
     assert all(torch.equal(one, two) for one, two in zip(*thetas, strict=True))
 
 
@@ -247,12 +247,50 @@ def test_a_run_may_start_from_the_policy_of_another(tmp_path: Path) -> None:
 
 def test_it_leaves_torch_as_many_threads_as_it_had(tmp_path: Path) -> None:
     before = torch.get_num_threads()
+    seen = []
     torch.set_num_threads(before + 1)
     try:
-        trainer(tmp_path, updates=1).train()
-        assert torch.get_num_threads() == before + 1
+        one, other = trainer(tmp_path, updates=1), trainer(tmp_path, updates=1)
+        one.on_update = lambda *_: seen.append(torch.get_num_threads())
+        one.train()
+        assert seen == [1] and torch.get_num_threads() == before + 1
+        other.close()
+        torch.set_num_threads(before + 2)
+        one.close()
+        assert torch.get_num_threads() == before + 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of files that nobody closed
+def test_one_that_is_forgotten_is_freed_with_its_workers(tmp_path: Path) -> None:
+    env = {"id": "Pendulum-v1", "num_envs": 2, "backend": "gymnasium-async", "workers": 1}
+    forgotten = Trainer(config_for(env=env, total_steps=64, batch_size=64), root=tmp_path, console=False)
+    pids, gone = [worker.process.pid for worker in forgotten.env._workers], weakref.ref(forgotten)
+    del forgotten
+    gc.collect()
+    assert gone() is None and wait_until_gone(pids, GONE_S)
+
+
+def test_closing_frees_everything_whatever_an_environment_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(tmp_path)
+
+    def fails() -> None:
+        raise RuntimeError("cannot close")
+
+    monkeypatch.setattr(one.env, "close", fails)
+    with pytest.raises(RuntimeError, match="cannot close"):
+        one.close()
+    one.run.lock().release()  # which somebody else can have again
+
+
+def test_warnings_of_one_run_are_not_in_the_log_of_another(tmp_path: Path) -> None:
+    with closing(trainer(tmp_path)) as one, closing(trainer(tmp_path)) as other:
+        one.env._on_warning("something odd")
+        assert "warning: something odd" in (one.run.path / "log.txt").read_text()
+        assert "something odd" not in (other.run.path / "log.txt").read_text()
 
 
 def test_an_environment_made_by_hand_has_to_be_one_that_evaluations_can_have(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Collector:
         """
         out = self._buffers
         shape = (self.length, self.total_envs)
-        white = self.policy.noise(*shape, generator=self.generator)
+        white = self.policy.noise(*shape, generator=self.generator).to(self.policy.theta.vector.device)
         self.noise = self._color(white)[:, self.shard]
         self._success.fill_(torch.nan)
         sample = self.policy.sampler()
@@ -163,7 +163,8 @@ class Collector:
         self._running_length = state["running_length"] * self.goes_on
         none = torch.zeros_like(self._left_out)  # checkpoints of earlier versions do not say
         self._left_out = state.get("left_out", none) if self.goes_on else torch.full_like(none, self.staggered)
-        self.generator.set_state(state["generator"])
+        if state["generator"].shape == self.generator.get_state().shape:  # else of an earlier version's, on a GPU
+            self.generator.set_state(state["generator"])
 
 
 def _buffers(env: BatchEnv, policy: Policy, length: int, obs: Tensor) -> Rollout:

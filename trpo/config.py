@@ -75,7 +75,11 @@ class WrapperConfig(Settings):
 
 class EnvConfig(Settings):
     id: str = Field(min_length=1, description="Gymnasium id, or `module:Env-v0` to import the module first.")
-    num_envs: int = Field(16, ge=1, description="Environments stepped side by side (all processes together).")
+    num_envs: int = Field(
+        16,
+        ge=1,
+        description="Environments stepped side by side (all processes together); an evaluation has no more at once.",
+    )
     backend: Literal["auto", "gymnasium", "gymnasium-async", "envpool", "torch"] = Field(
         "auto",
         description="`gymnasium`: in this process; `gymnasium-async`: in worker processes; `envpool`: in threads, by "
@@ -293,7 +297,8 @@ class CheckpointConfig(Settings):
     every_steps: int = Field(
         100_000,
         ge=0,
-        description="Environment steps between checkpoints, which are ten minutes apart at most; 0: only at the end.",
+        description="Environment steps between checkpoints; another after the first update that ends ten minutes after "
+        "the last one; 0: only at the end.",
     )
     keep: int = Field(3, ge=1, description="Newest checkpoints kept.")
     abort_after: int = Field(5, ge=1, description="Consecutive failures to save after which training gives up.")

@@ -100,13 +100,14 @@ def _override(data: dict[str, Any], override: str, origins: Origins) -> None:
     """Applies `key.path=value` to what was read from the file."""
     label = f"override {clip(override)}"
     keys, equals, text = override.partition("=")
-    path: KeyPath = tuple(part.partition("[")[0] for part in keys.strip().split("."))
+    path: KeyPath = tuple(keys.strip().split("."))
     if not equals:
         raise config_error(label, (), "write it as key.path=value")
     parents = [path[:depth] for depth in range(1, min(len(path), MAX_DEPTH))]
-    for parent in parents:
-        if is_list(parent):
-            raise config_error(label, parent, "is a list: give the whole of it")
+    for parent in [*parents, path]:
+        bare = (*parent[:-1], str(parent[-1]).partition("[")[0])  # without an index
+        if bare != path and is_list(bare):
+            raise config_error(label, bare, "is a list: give the whole of it")
     if len(path) > MAX_DEPTH or schema_at(path) is None:
         raise config_error(label, path, unknown_setting(path))
     value, found = read_yaml(text, locate=lambda _: label, untyped=is_untyped, base=path)

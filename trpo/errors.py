@@ -47,8 +47,12 @@ def did_you_mean(candidates: Iterable[object]) -> str:
 
 def nearest_path(missing: Path, others: Iterable[Path]) -> str:
     """`did_you_mean` that path among the others whose name is most like the missing one's, if any is."""
-    by_stem = {path.stem: path for path in others}  # a suffix that all have would make any two alike
-    return did_you_mean(by_stem[stem] for stem in difflib.get_close_matches(missing.stem, by_stem, n=1))
+
+    def name(path: Path) -> str:
+        return path.name.removesuffix(".yaml")  # which would make any two alike
+
+    by_name = {name(path): path for path in others}
+    return did_you_mean(by_name[near] for near in difflib.get_close_matches(name(missing), by_name, n=1))
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -23,7 +23,8 @@ class FlatParameters:
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.frozen = len(parameters) < sum(1 for _ in module.parameters())
         self.layout = Layout([p.shape for p in parameters])
-        self.vector = torch.cat([p.detach().reshape(-1) for p in parameters])
+        like = next(module.parameters()).detach()
+        self.vector = torch.cat([like.new_empty(0), *(p.detach().reshape(-1) for p in parameters)])
         for parameter, view in zip(parameters, self.layout.split(self.vector), strict=True):
             parameter.data = view
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,8 +48,9 @@ class Policy(nn.Module):
         self.theta = FlatParameters(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Copied or pickled member by member, the copy's parameters would lie outside the copy's flat vector.
-        return Policy, (self.network, self.distribution, self.normalizer)
+        # Copied or pickled member by member, the copy's parameters would lie outside the copy's flat vector. In a deep
+        # copy they are no longer views of one, of which a pickle would hold the whole each time.
+        return type(self), (copy.deepcopy(self.network), self.distribution, copy.deepcopy(self.normalizer))
 
     def forward(self, obs: Tensor) -> Tensor:
         """Normalised observations [B, D] → η [B, K]."""
@@ -62,8 +64,8 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """Raw observations [N, D] and noise of `distribution.noise` → actions [N, A], in the policy's encoding."""
-        return self.distribution.sample(self.network(self.normalizer(obs)), noise)
+        """Raw observations [N, D] and noise of `noise` → actions [N, A], in the policy's encoding."""
+        return self.distribution.sample(self.network(self.normalizer(obs)), noise.to(self.theta.vector.device))
 
     def sampler(self) -> Callable[[Tensor, Tensor], Tensor]:
         """`sample` for as long as nothing changes in the policy: what depends on no observation is computed once."""
@@ -72,10 +74,9 @@ class Policy(nn.Module):
         return torch.inference_mode()(lambda obs, noise: self.distribution.sample(parameters(obs), noise))
 
     def noise(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
-        """N(0, 1) numbers for `sample` [*shape, Z], drawn on the CPU: a seed gives the same ones on every device."""
-        theta = self.theta.vector
-        like = theta.new_empty(0, device="cpu")
-        return self.distribution.noise(*shape, like=like, generator=generator).to(theta.device)
+        """N(0, 1) numbers for `sample` [*shape, Z], on the CPU: there a seed gives the same ones for every device."""
+        like = self.theta.vector.new_empty(0, device="cpu")
+        return self.distribution.noise(*shape, like=like, generator=generator)
 
     @torch.inference_mode()
     def mode(self, obs: Tensor) -> Tensor:

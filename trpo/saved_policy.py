@@ -42,20 +42,6 @@ class UntrustedCodeError(CheckpointError):
         )
 
 
-# Settings that make another function, or none, of the same parameters. Whether σ is learned is one more.
-_SHAPING = (
-    "policy.hidden_sizes",
-    "policy.activation",
-    "policy.body",
-    "policy.bins",
-    "policy.std.min",
-    "policy.std.max",
-    "policy.std.state_dependent",
-    "normalize.observations",
-    "normalize.clip_observations",
-)
-
-
 @dataclass(frozen=True)
 class SavedPolicy:
     """A policy ready to act, with the settings and figures of the run it came from."""
@@ -136,10 +122,7 @@ class SavedPolicy:
             CheckpointError: with these it would not act as this one: what differs.
         """
         obs_dim = policy.normalizer.moments.mean.shape[0]
-        other_std = isinstance(self.config.policy.std, LearnedStdConfig) != isinstance(
-            config.policy.std, LearnedStdConfig
-        )
-        shaping = (*_SHAPING, "policy.std:") if other_std else _SHAPING
+        shaping = tuple(_shaping_settings(self.config, config, action_space))
         differences = [line for line in config_difference(self.config, config) if line.startswith(shaping)]
         if self.obs_dim != obs_dim:
             problem = f"it observes {self.obs_dim} numbers, the environment gives {obs_dim}"
@@ -151,6 +134,23 @@ class SavedPolicy:
             policy.load_state_dict(self.policy.state_dict())
             return
         raise CheckpointError(f"{self.path} is no policy to start from here: {problem}")
+
+
+def _shaping_settings(saved: Config, given: Config, action_space: spaces.Space[Any]) -> Iterator[str]:
+    """The settings that make another function, or none, of the same parameters, for such actions."""
+    yield from ("policy.body", "normalize.observations")
+    if saved.policy.body is None or given.policy.body is None:
+        yield from ("policy.hidden_sizes", "policy.activation")
+    if given.normalize.observations:
+        yield "normalize.clip_observations"
+    if isinstance(action_space, spaces.Box):
+        yield "policy.bins"
+    if isinstance(distribution_for(action_space, bins=given.policy.bins), DiagonalGaussian):
+        learned = [isinstance(config.policy.std, LearnedStdConfig) for config in (saved, given)]
+        if all(learned):
+            yield from ("policy.std.min", "policy.std.max", "policy.std.state_dependent")
+        elif any(learned):
+            yield "policy.std"
 
 
 def save_policy(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
+from trpo.envs.shard import restart_seed
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
 from trpo.evaluation import Evaluation, check_environment, evaluate
 from trpo.metric_files import CsvTable
@@ -104,7 +104,8 @@ class Trainer:
         self._saved_at_s = time.monotonic()
         self._saved_at_step = 0
         self.recent = RecentEpisodes()
-        self._unsaid: list[str] = []  # until there is a writer
+        self._unsaid: list[str] = []  # until the run is open
+        self._opened = False
         self.env = env
         self._closed = False
         self.writer: MetricsWriter | None = None
@@ -116,15 +117,12 @@ class Trainer:
             known = policy_settings(start_from).policy.body == config.policy.body  # code that this config names, too
             self._origin = load_policy(start_from, trust_code=known)
         self.group = join_group(self.device)
-        self._listener = _Listener(self._warn)
-        logging.getLogger("trpo.envs").addHandler(self._listener)
-        self._threads = torch.get_num_threads()
-        if config.threads:
-            torch.set_num_threads(config.threads - fits_beside(config, self.group, self.device))
         try:
             self._build()
             self._open_run(Path(root), Path(resume) if resume else None, console)
         except BaseException:
+            for text in self._unsaid:
+                print(text, file=sys.stderr)
             self.close()
             raise
 
@@ -135,13 +133,14 @@ class Trainer:
             raise UserError(f"env.num_envs {config.env.num_envs} is less than the {self.group.size} processes")
         if config.evaluation.video and self.group.leads:
             try_recording(config.env)
-        seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
-        by_hand = self.env is not None
+        self._seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
+        self._by_hand = self.env is not None
         if self.env is None:
-            self.env = make_envs(config.env, seeds, device=self.device)
+            self.env = make_envs(config.env, self._seeds, device=self.device, on_warning=self._warn)
         env = self.env
-        if env.num_envs != len(seeds):
-            raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(seeds)} here")
+        self._restorable = env.exact_resume
+        if env.num_envs != len(self._seeds):
+            raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(self._seeds)} here")
         self.action_space = env.single_action_space
         self.agent = Agent(
             config,
@@ -151,7 +150,7 @@ class Trainer:
             group=self.group,
             device=self.device,
         )
-        if by_hand and self.group.leads:
+        if self._by_hand and self.group.leads:
             check_environment(self.agent.policy, config.env, self.action_space)
         if self._origin is not None:
             self._origin.copy_to(self.agent.policy, config, self.action_space)
@@ -163,7 +162,7 @@ class Trainer:
             noise_exponent=config.policy.noise_exponent,
             shard=shard,
             total_envs=config.env.num_envs,
-            staggered=config.env.stagger and not by_hand,
+            staggered=config.env.stagger and not self._by_hand,
         )
 
     def _open_run(self, root: Path, resume: Path | None, console: bool) -> None:
@@ -186,6 +185,8 @@ class Trainer:
                 raise UserError(f"{resume} is finished: raise total_steps to go on with {'; '.join(changed)}")
             if self.updates > self.config.updates:
                 raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
+        unsaid = [text for texts in self.group.gather_objects(self._unsaid) for text in texts]
+        self._unsaid, self._opened = [], True
         if self.group.leads:
             if resume and self.updates == self.config.updates and not self._is_finished():
                 # It was cut short amid its last evaluation, which is about to be written again.
@@ -197,7 +198,7 @@ class Trainer:
                 console=console,
                 resume_step=self.env_steps if resume else None,
             )
-            for text in self._unsaid:
+            for text in unsaid:
                 self._say(text)
             if changed or not resume:
                 self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
@@ -218,9 +219,9 @@ class Trainer:
                 f"note: {inputs} components of an observation all go into one layer; env.wrappers can reduce images, "
                 "policy.body and value.body look at them otherwise"
             )
-        if note := _std_beside_bounds(self.agent.policy, self.action_space):
+        if not resume and (note := _std_beside_bounds(self.agent.policy, self.action_space)):
             self._say(f"note: {note}")
-        if self.env is not None and not self.env.exact_resume:
+        if not self._restorable:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
@@ -238,7 +239,7 @@ class Trainer:
         if self._closed:
             raise RuntimeError(f"this trainer is closed; go on with Trainer(config, resume={str(self.run.path)!r})")
         last = self.config.updates if max_updates is None else min(self.config.updates, self.updates + max_updates)
-        try:
+        with contextlib.closing(self), self.threads(), self._recorded():
             if self._is_finished():
                 self._say("this run is finished already")
                 return RunResult(self.run.path, self.env_steps, None)
@@ -250,12 +251,27 @@ class Trainer:
                     # All processes have to leave the loop together, whoever was told to stop.
                     stop = bool(self.group.all_sum(torch.tensor(float(told))))
                 return self._finish(received[0] if received else None)
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """What ends the run is in its log."""
+        try:
+            yield
         except Exception as error:
             if self.writer is not None:
                 self.writer.failure(error)
             raise
+
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[None]:
+        """Torch has the threads of the settings within, and before and after as many as it had."""
+        before = torch.get_num_threads()
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads - fits_beside(self.config, self.group, self.device))
+        try:
+            yield
         finally:
-            self.close()
+            torch.set_num_threads(before)
 
     def _is_finished(self) -> bool:
         """Whether `final/` holds the policy of the last update: not damaged, nor that of a run since prolonged."""
@@ -307,7 +323,7 @@ class Trainer:
         """A rollout; where an environment fails what was trained before is saved, to go on from with new episodes."""
         try:
             return self.collector.collect()
-        except EnvError:
+        except Exception:
             if self.group.size == 1 and self.env_steps > self._saved_at_step:
                 self._save_checkpoint(episodes=False)
             raise
@@ -457,7 +473,6 @@ class Trainer:
             "agent": self.agent.state_dict(),
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "recent": self.recent.state_dict(),
-            "exact_resume": self.env.exact_resume and episodes,
             "processes": self.group.gather_objects(local),
         }
 
@@ -480,6 +495,8 @@ class Trainer:
                 raise CheckpointError(f"{path}: {problem}")
             self.agent.load_state_dict(state["agent"])
             local = state["processes"][self.group.rank]
+            if local["collector"]["env"] is None:
+                self._begin_anew(state["counters"]["env_steps"])
             self.collector.load_state_dict(local["collector"])  # first: it shows whether episodes go on
             self.agent.load_local_state_dict(local["agent"], new_episodes=not self.collector.goes_on)
             self.recent.load_state_dict(state["recent"])
@@ -491,31 +508,42 @@ class Trainer:
             why = "; ".join(changed) or str(error).splitlines()[0]
             raise CheckpointError(f"{path}: does not fit this config ({why})") from error
 
+    def _begin_anew(self, env_steps: int) -> None:
+        """New episodes, not those that the run began with, after a checkpoint whose environments then failed."""
+        assert self.env is not None
+        if not self._by_hand:
+            seeds = [restart_seed(seed, env_steps) for seed in self._seeds]
+            self.env.close()
+            self.env = make_envs(self.config.env, seeds, device=self.device, on_warning=self._warn)
+            self.collector.env, self.collector.obs = self.env, self.env.reset().clone()
+        self._warn("an environment failed after this checkpoint; the run goes on with new episodes")
+
     def _say(self, text: str) -> None:
         if self.writer is not None:
             self.writer.message(text)
 
     def _warn(self, text: str) -> None:
-        """Says what other parts of this process warn of."""
+        """Says what other parts of this process warn of, at once or as soon as there is where."""
+        where = "" if self.group.leads else f"process {self.group.rank}: "
         if self.writer is not None:
             self._say(f"warning: {text}")
-        elif self.group.leads:
-            self._unsaid.append(f"warning: {text}")
+        elif self._opened:
+            print(f"{where}warning: {text}", file=sys.stderr)
         else:
-            print(f"process {self.group.rank}: warning: {text}", file=sys.stderr)
+            self._unsaid.append(f"{where}warning: {text}")
 
     def close(self) -> None:
         """Frees environments, files and the process group; may be called twice."""
         self._closed = True
-        if self.env is not None:
-            self.env.close()
-        if self.writer is not None:
-            self.writer.close()
-        if self._lock is not None:
-            self._lock.release()
-        logging.getLogger("trpo.envs").removeHandler(self._listener)
-        torch.set_num_threads(self._threads)
-        leave_group(self.group)
+        with contextlib.ExitStack() as resources:  # last in, first out; each whatever another raises
+            resources.callback(leave_group, self.group)
+            self.group = replace(self.group, joined=False)
+            if self._lock is not None:
+                resources.callback(self._lock.release)
+            if self.writer is not None:
+                resources.callback(self.writer.close)
+            if self.env is not None:
+                resources.callback(self.env.close)
 
 
 def _std_beside_bounds(policy: Policy, action_space: spaces.Space[Any]) -> str | None:
@@ -532,14 +560,3 @@ def _std_beside_bounds(policy: Policy, action_space: spaces.Space[Any]) -> str |
                 "set policy.std in the unit of the actions, or let policy.bins be a number"
             )
     return None
-
-
-class _Listener(logging.Handler):
-    """Hands on what environment backends warn of, such as a worker that died: it belongs into the run's log."""
-
-    def __init__(self, say: Callable[[str], None]):
-        super().__init__(logging.WARNING)
-        self._hand_on = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._hand_on(record.getMessage())

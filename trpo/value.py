@@ -28,8 +28,8 @@ class ValueFunction(nn.Module):
         self.theta = FlatParameters(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Copied or pickled member by member, the copy's parameters would lie outside the copy's flat vector.
-        return ValueFunction, (self.network,)
+        # As `Policy.__reduce__`.
+        return type(self), (copy.deepcopy(self.network),)
 
     def forward(self, obs: Tensor) -> Tensor:
         """[B, D] → [B]."""

@@ -201,7 +201,11 @@ def _defaults(task: str, environments: dict[str, Any], *, threads: int) -> Confi
 
 @contextmanager
 def _trainer(config: Config) -> Iterator[Trainer]:
-    with tempfile.TemporaryDirectory() as root, closing(Trainer(config, root=root, console=False)) as trainer:
+    with (
+        tempfile.TemporaryDirectory() as root,
+        closing(Trainer(config, root=root, console=False)) as trainer,
+        trainer.threads(),
+    ):
         yield trainer
 
 

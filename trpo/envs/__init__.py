@@ -5,7 +5,8 @@ torch and the backends are imported when asked for: worker processes import this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from trpo.config import EnvConfig
@@ -18,16 +19,25 @@ if TYPE_CHECKING:
 
 __all__ = ["make_envs", "make_single_env"]
 
+_log = logging.getLogger(__name__)
+
 AUTO_BACKEND = "gymnasium"  # what `backend: auto` means
 
 
-def make_envs(config: EnvConfig, seeds: Sequence[int], *, device: torch.device | None = None) -> BatchEnv:
+def make_envs(
+    config: EnvConfig,
+    seeds: Sequence[int],
+    *,
+    device: torch.device | None = None,
+    on_warning: Callable[[str], None] = _log.warning,
+) -> BatchEnv:
     """Environments stepped side by side on the backend that `config.backend` names.
 
     Args:
         config: The environment and how to run it. `config.num_envs` plays no part: a process may have a share of them.
         seeds: One per environment, given to its first reset. At least one.
         device: Where environments written in torch live, by default the CPU; the others are always there.
+        on_warning: Gets a line for each worker that is replaced, and why episodes that were saved do not go on.
 
     Raises:
         EnvError: The environment cannot be built or is not supported.
@@ -36,7 +46,7 @@ def make_envs(config: EnvConfig, seeds: Sequence[int], *, device: torch.device |
     if backend == "gymnasium-async":
         from trpo.envs.workers import WorkerEnvs
 
-        return WorkerEnvs(config, seeds)
+        return WorkerEnvs(config, seeds, on_warning=on_warning)
     if backend == "envpool":
         from trpo.envs.envpool import EnvpoolEnvs
 
@@ -49,4 +59,4 @@ def make_envs(config: EnvConfig, seeds: Sequence[int], *, device: torch.device |
         return TorchEnvs(config, seeds, device=device or torch.device("cpu"))
     from trpo.envs.gymnasium import GymnasiumEnvs
 
-    return GymnasiumEnvs(config, seeds)
+    return GymnasiumEnvs(config, seeds, on_warning=on_warning)

@@ -50,8 +50,8 @@ class BatchEnv(Protocol):
         """Everything needed to go on exactly from here: tensors, arrays, and what JSON can hold."""
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """Restores `state_dict`, or where that is impossible begins new episodes, with `exact_resume` off and a word
-        to `logging` why; returns the observations [N, D] to act on next."""
+        """Restores `state_dict`, or where that is impossible begins new episodes, with `exact_resume` off; returns the
+        observations [N, D] to act on next."""
 
     def close(self) -> None:
         """Frees everything; may be called twice."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from trpo.envs.contract import Step
 from trpo.envs.shard import EnvShard, StepBuffers
 from trpo.envs.spaces import ActionEncoding, Array
 from trpo.errors import EnvError
-
-_log = logging.getLogger(__name__)
 
 
 def as_step(buffers: StepBuffers) -> Step:
@@ -48,9 +45,7 @@ def check_env_count(states: Sequence[Any], num_envs: int) -> None:
         )
 
 
-def warn_of_new_episodes(problem: str) -> None:
-    """Says why an exact resume is impossible, and what happens instead."""
-    _log.warning("%s; the run goes on with new episodes", problem)
+NEW_EPISODES = "{}; the run goes on with new episodes"
 
 
 class GymnasiumEnvs:
@@ -59,7 +54,10 @@ class GymnasiumEnvs:
     The same tensors come back from every `step`: views of arrays written in place, valid until the next call.
     """
 
-    def __init__(self, config: EnvConfig, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, config: EnvConfig, seeds: Sequence[int], *, on_warning: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._on_warning = on_warning
         self._shard = EnvShard(config, seeds)
         spaces = self._shard.spaces
         self.num_envs = len(seeds)
@@ -93,7 +91,7 @@ class GymnasiumEnvs:
         problem = self._shard.load_state_dict(state["envs"])
         self.exact_resume = problem is None
         if problem is not None:
-            warn_of_new_episodes(problem)
+            self._on_warning(NEW_EPISODES.format(problem))
             self._shard.begin_anew(state["envs"])
         return self._step.reset_obs
 

@@ -201,7 +201,8 @@ class EnvShard:
     def begin_anew(self, states: Sequence[dict[str, Any]]) -> None:
         """Starts k new episodes in place of those that `states` describe, with seeds of their own."""
         for i, state in enumerate(states):
-            self._seeds[i] = restart_seed(self._first_seeds[i], zlib.crc32(np.asarray(state["obs"]).tobytes()))
+            salt = zlib.crc32(np.asarray(state["actions"]).tobytes(), zlib.crc32(np.asarray(state["obs"]).tobytes()))
+            self._seeds[i] = restart_seed(self._first_seeds[i], salt)
         self.reset()
 
     def close(self) -> None:

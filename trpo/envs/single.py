@@ -44,21 +44,29 @@ SUCCESS_KEYS = ("is_success", "success")  # Gymnasium-Robotics' and stable-basel
 
 def success_of(info: Mapping[str, Any]) -> float:
     """What the last step of an episode reports as its success, 0 to 1; NaN if nothing."""
-    for key in SUCCESS_KEYS:
-        given = info.get(key)
-        try:
-            if given is not None:
-                return float(np.asarray(given, float).item())
-        except (TypeError, ValueError) as error:
-            if key == SUCCESS_KEYS[0]:  # the other name has other meanings, too
-                raise EnvError(f"info[{key!r}] is {given!r}: report True, False or a number") from error
-    return math.nan
+    first, second = SUCCESS_KEYS
+    given = info.get(first)
+    if given is None:
+        number = _number(info.get(second))
+        return number if 0 <= number <= 1 else math.nan  # that name has other meanings, too
+    if math.isnan(number := _number(given)):
+        raise EnvError(f"info[{first!r}] is {given!r}: report True, False or a number")
+    return number
+
+
+def _number(given: Any) -> float:
+    """NaN for what is none."""
+    try:
+        return float(np.asarray(given, float).item())
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def told(error: Exception) -> str:
     """What an environment raised, and where: one line, since whoever wrote it can open the file."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    text = f"{type(error).__name__}: {error} ({os.path.relpath(place.filename)}:{place.lineno})"
+    said = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {said} ({os.path.relpath(place.filename)}:{place.lineno})"
     if "values to unpack" in str(error) and ("env.reset(" in str(place.line) or "env.step(" in str(place.line)):
         text += (
             ": reset() has to return (observation, info), and step() (observation, reward, terminated, truncated, info)"

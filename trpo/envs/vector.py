@@ -14,7 +14,7 @@ from torch import Tensor
 from trpo.envs.contract import Step
 from trpo.envs.gymnasium import as_step, native_actions
 from trpo.envs.shard import EnvSpaces, StepBuffers
-from trpo.envs.single import SUCCESS_KEYS, success_of
+from trpo.envs.single import SUCCESS_KEYS, success_of, told
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
 from trpo.errors import EnvError
 
@@ -69,7 +69,10 @@ class VectorEnvAdapter:
         buffers = self._buffers
         native = native_actions(self._encoding, action, self.num_envs)
         resets = self._ended if self._mode is AutoresetMode.NEXT_STEP and self._ended.any() else None
-        obs, reward, terminated, truncated, infos = self._env.step(self._encoding.batched(native))
+        try:
+            obs, reward, terminated, truncated, infos = self._env.step(self._encoding.batched(native))
+        except Exception as error:
+            raise EnvError(f"the vector environment, after {self._steps} steps, raised {told(error)}") from error
         self._steps += 1
         for target, values in (
             (buffers.reward, reward),
@@ -165,8 +168,8 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any], name: str) -> AutoresetMode:
 
 def _successes(infos: dict[str, Any], i: int) -> dict[str, Any]:
     """Environment i's part of what a vector environment's infos [N] say of success; `_key` says where `key` counts."""
-    given = (key for key in SUCCESS_KEYS if key in infos)
-    return {key: infos[key][i] for key in given if f"_{key}" not in infos or infos[f"_{key}"][i]}
+    given = {key: infos[key] for key in SUCCESS_KEYS if isinstance(infos.get(key), np.ndarray)}
+    return {key: values[i] for key, values in given.items() if f"_{key}" not in infos or infos[f"_{key}"][i]}
 
 
 def _copy(target: Array, values: Any) -> None:

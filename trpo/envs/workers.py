@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import mmap
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,13 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.envs.contract import Step
-from trpo.envs.gymnasium import as_step, check_env_count, native_actions, warn_of_new_episodes
+from trpo.envs.gymnasium import NEW_EPISODES, as_step, check_env_count, native_actions
 from trpo.envs.shard import EnvSpaces, StepBuffers, check_same_spaces, restart_seed
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.worker import Worker, WorkerLost, shared_memory, stop_all
 from trpo.errors import EnvError
 
 _START_S = 60.0  # for imports and constructors, on top of env.timeout_s
-_log = logging.getLogger(__name__)
 
 
 class WorkerEnvs:
@@ -38,7 +36,10 @@ class WorkerEnvs:
             The episodes cut by it end as truncated, in rows that are not valid: what happened in them is not known.
     """
 
-    def __init__(self, config: EnvConfig, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, config: EnvConfig, seeds: Sequence[int], *, on_warning: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._on_warning = on_warning
         if os.name != "posix":
             raise EnvError("env.backend gymnasium-async needs Linux or macOS; set env.backend to gymnasium")
         self.num_envs = len(seeds)
@@ -102,7 +103,7 @@ class WorkerEnvs:
             )
             self.exact_resume = problem is None
             if problem is not None:
-                warn_of_new_episodes(problem)
+                self._on_warning(NEW_EPISODES.format(problem))
                 self._all("begin_anew", self._config.timeout_s, shares)
         self.restarts = int(state.get("restarts", 0))
         self._interrupted[:] = state.get("interrupted", False) if self.exact_resume else False
@@ -178,7 +179,7 @@ class WorkerEnvs:
             if self.restarts >= self._config.max_restarts:
                 raise EnvError(f"{failure}; env.max_restarts ({self.restarts}) is used up") from failure
             self.restarts += 1
-            _log.warning("%s; restart %d of %d", failure, self.restarts, self._config.max_restarts)
+            self._on_warning(f"{failure}; restart {self.restarts} of {self._config.max_restarts}")
             for i in range(worker.start, worker.stop):
                 self._seeds[i] = restart_seed(self._seeds[i], self.restarts)
             self._workers[position] = replacement = self._start(worker.start, worker.stop)

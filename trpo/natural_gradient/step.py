@@ -220,7 +220,9 @@ def _curvature(
     if settings.preconditioner is None:
         return product, None
     if not isinstance(linearization, HasFactors):
-        raise UserError("natural_gradient.preconditioner: kronecker needs the built-in networks; set it to null")
+        raise UserError(
+            "natural_gradient.preconditioner: kronecker needs the built-in networks, none of it frozen; set it to null"
+        )
     return product, KroneckerPreconditioner(
         linearization, scores, count=count, damping=settings.damping, all_sum=all_sum
     )
