@@ -173,7 +173,8 @@ class Trainer:
         directory = self.group.broadcast(str(self.run.path) if self.group.leads else None)
         if not self.group.leads:
             self.run = RunDirectory.open(Path(directory))
-        self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep, on_warning=self._warn)
+        warn = self._warn if self.group.leads else lambda _: None  # all look at the same checkpoints
+        self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep, on_warning=warn)
         changed: list[str] = []
         if resume:
             found = self.store.newest()
@@ -207,22 +208,27 @@ class Trainer:
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
+        for remark in self._remarks(new=resume is None):
+            self._say(remark)
+
+    def _remarks(self, *, new: bool) -> Iterator[str]:
+        """What a user may not expect of these settings."""
         if self._origin is not None:
-            self._say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
+            yield f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}"
         for idle in without_effect(self.config):
-            self._say(f"note: no effect: {idle}")
+            yield f"note: no effect: {idle}"
         if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
-            self._say("note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler")
+            yield "note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler"
         inputs = self.agent.policy.normalizer.moments.mean.shape[0]
         if inputs >= IMAGE_SIZE and self.config.policy.body is None:
-            self._say(
+            yield (
                 f"note: {inputs} components of an observation all go into one layer; env.wrappers can reduce images, "
                 "policy.body and value.body look at them otherwise"
             )
-        if not resume and (note := _std_beside_bounds(self.agent.policy, self.action_space)):
-            self._say(f"note: {note}")
+        if new and (odd := _std_beside_bounds(self.agent.policy, self.action_space)):
+            yield f"note: {odd}"
         if not self._restorable:
-            self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
+            yield "note: this environment backend cannot be restored to the bit; a resumed run starts new episodes"
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
         """Trains to the end (or for `max_updates` more updates), then saves, evaluates the last policy and closes.
@@ -251,6 +257,11 @@ class Trainer:
                     # All processes have to leave the loop together, whoever was told to stop.
                     stop = bool(self.group.all_sum(torch.tensor(float(told))))
                 return self._finish(received[0] if received else None)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Numbers of your own for TensorBoard, at the present step: from `on_update`, say. Of the leading process."""
+        if self.writer is not None:
+            self.writer.write_scalars(metrics, env_steps=self.env_steps)
 
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -327,11 +338,6 @@ class Trainer:
             if self.group.size == 1 and self.env_steps > self._saved_at_step:
                 self._save_checkpoint(episodes=False)
             raise
-
-    def record(self, metrics: Mapping[str, float]) -> None:
-        """Numbers of your own for TensorBoard, at the present step: from `on_update`, say. Of the leading process."""
-        if self.writer is not None:
-            self.writer.write_scalars(metrics, env_steps=self.env_steps)
 
     def _told_to_stop(self, report: UpdateReport) -> bool:
         """By the caller, who has a look at the update."""
