@@ -168,7 +168,8 @@ class OwnRandomness(Drawing):
         self.only = only
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        self.odd = seed == self.only
+        if seed is not None:
+            self.odd = seed == self.only
         return super().reset(seed=seed)
 
     def draw(self) -> float:

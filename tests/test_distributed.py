@@ -5,6 +5,7 @@ The processes are started once, do everything, and leave their results as arrays
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import command
 from helpers import F64, OBS_DIM, make_batch, make_mlp, make_policy, randn, seeded, settings
 from torch import Tensor
 
@@ -25,6 +27,8 @@ from trpo.config import AdamFitConfig, GaussNewtonFitConfig
 from trpo.distributed import Group, join_group, leave_group
 from trpo.natural_gradient import trust_region_step
 from trpo.normalizer import ObservationNormalizer, RewardScaler
+from trpo.random_streams import stream_seed
+from trpo.saved_policy import load_policy
 from trpo.value import AdamFit, GaussNewtonFit, ValueFunction, explained_variance
 
 SIZE = 61
@@ -175,27 +179,36 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
-    """What the two processes left; a deadlock shows as a timeout."""
-    out, port = tmp_path_factory.mktemp("ranks"), free_port()
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+def in_two_processes(arguments: list[str], **environment: str) -> list[str]:
+    """Runs a command as both of two processes, as `torchrun` would; what they print."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(out)],
-            env=os.environ | address | {"RANK": str(rank)},
+            arguments,
+            env=os.environ | environment | address | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
+    printed = []
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=180)
+            out, errors = process.communicate(timeout=180)
             assert process.returncode == 0, errors
+            printed.append(out)
     finally:
         for process in processes:
             process.kill()
+    return printed
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
+    """What the two processes left; a deadlock shows as a timeout."""
+    out = tmp_path_factory.mktemp("ranks")
+    in_two_processes([sys.executable, str(Path(__file__)), str(out)])
     results = []
     for rank in range(2):
         with np.load(out / f"rank{rank}.npz") as arrays:
@@ -277,6 +290,32 @@ def test_a_group_gathers_broadcasts_sums_and_compares(ranks: list[Arrays], singl
 
 def test_shares_are_contiguous_complete_and_even(single: Arrays) -> None:
     assert single["slices"].tolist() == [[0, 3], [3, 5], [5, 7]]
+
+
+def test_a_run_of_two_processes_resumes_though_the_environments_of_one_cannot_and_another_starts_from_it(
+    tmp_path: Path,
+) -> None:
+    """The last of four environments, the second process's second, draws its own random numbers."""
+    kwargs = json.dumps({"only": stream_seed(0, "environments", 3), "marker": "unused"})
+    given = ["env.num_envs=4", f"env.kwargs={kwargs}", "batch_size=32", "device=cpu", "evaluation.final_episodes=1"]
+    changes = [word for setting in given for word in ("--set", setting)]
+
+    def train(*arguments: object) -> list[str]:
+        return in_two_processes(
+            command("train.py", "--root", tmp_path, *arguments), PYTHONPATH=str(Path(__file__).parent)
+        )
+
+    train("--env", "faulty_envs:OwnRandomness-v0", *changes, "--set", "total_steps=64")
+    (run,) = (tmp_path / "faulty_envs-OwnRandomness-v0").iterdir()
+    before = load_policy(run).policy.theta.vector
+    leader, other = train("--resume", run, "--set", "total_steps=128")
+    said = "process 1: warning: environment 1 did not come back to its recorded observation"
+    assert said in (run / "log.txt").read_text() and said in leader and other == ""
+    assert load_policy(run).info["env_steps"] == 128 and not torch.equal(load_policy(run).policy.theta.vector, before)
+    next_run = ("--set", "total_steps=64", "--name", "next", "--resume", "auto", "--from", run)
+    leader, other = train("--env", "faulty_envs:OwnRandomness-v0", *changes, *next_run)
+    assert leader.startswith("no run of faulty_envs:OwnRandomness-v0, name next, seed 0 to go on with") and other == ""
+    assert f"starts from {run / 'final'}" in leader
 
 
 def test_without_a_launcher_the_group_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
