@@ -19,17 +19,24 @@ from test_env_workers import GONE_S, wait_until_gone
 from trpo.agent import UpdateReport
 from trpo.checkpoint import checkpoint_paths
 from trpo.colored_noise import ColoredNoise
-from trpo.config import Config
+from trpo.config import Config, EnvConfig
 from trpo.config_file import load_config
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError, UserError
+from trpo.evaluation import evaluate
 from trpo.natural_gradient import Outcome
+from trpo.random_streams import stream_seed
 from trpo.saved_policy import load_policy
 from trpo.trainer import Trainer
 
 
 class Unseen(gymnasium.Wrapper[Any, Any, Any, Any]):
     metadata = {"render_modes": []}  # noqa: RUF012 - as Gymnasium declares it
+
+
+class Shaped(gymnasium.RewardWrapper[Any, Any]):
+    def reward(self, reward: Any) -> float:
+        return 1.0
 
 
 class Widened(gymnasium.ObservationWrapper[Any, Any, Any]):
@@ -343,3 +350,30 @@ def test_a_slow_run_is_saved_every_ten_minutes(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in checkpoint_paths(run / "checkpoints")] == [
         "step-000000384", "step-000000320", "step-000000192"
     ]  # fmt: skip
+
+
+def test_what_shapes_rewards_may_be_for_training_only(tmp_path: Path) -> None:
+    wrapper = {"name": "test_trainer:Shaped", "training_only": True}
+    env = {"id": "Pendulum-v1", "num_envs": 2, "stagger": False, "wrappers": [wrapper]}
+    config = config_for(env=env, total_steps=800, batch_size=400, evaluation={"every_steps": 400}, device="cpu")
+    returns: list[float] = []
+
+    def see(trainer: Trainer, report: UpdateReport) -> None:
+        returns.extend(trainer.recent.returns)
+
+    run = Trainer(config, root=tmp_path, console=False, on_update=see).train()
+    assert set(returns) == {200.0}  # 1 a step
+    assert run.evaluation is not None and run.evaluation.mean < 0  # the task's own
+    saved = load_policy(run.directory)
+    again = evaluate(saved.policy, config.env, saved.action_space, episodes=20, seed=stream_seed(0, "evaluation"))
+    plain = evaluate(saved.policy, EnvConfig(id="Pendulum-v1"), saved.action_space, episodes=20,
+                     seed=stream_seed(0, "evaluation"))  # fmt: skip
+    assert run.evaluation.returns == again.returns == plain.returns
+
+
+def test_a_wrapper_for_training_only_that_changes_spaces_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    wrapper = {"name": "test_trainer:Widened", "training_only": True}
+    config = config_for(env={"id": "Pendulum-v1", "num_envs": 2, "wrappers": [wrapper]}, total_steps=64, batch_size=64)
+    with pytest.raises(EnvError, match=r"the environment's observations have shape \(3,\), the policy was trained on"):
+        Trainer(config, root=tmp_path, console=False)
+    assert not [*tmp_path.iterdir()]

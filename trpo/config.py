@@ -71,6 +71,9 @@ class WrapperConfig(Settings):
         description="`module:Class` of a Gymnasium wrapper.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the wrapper.")
+    training_only: bool = Field(
+        False, description="Left out of evaluations, as what shapes rewards should be; spaces have to stay the same."
+    )
 
 
 class EnvConfig(Settings):
@@ -100,6 +103,11 @@ class EnvConfig(Settings):
         "fail", description="What to do when a worker dies or hangs; `restart` truncates the cut episodes."
     )
     max_restarts: int = Field(3, ge=0, description="Worker restarts allowed in one run.")
+
+    @property
+    def for_evaluation(self) -> EnvConfig:
+        """Without the wrappers that are for training only."""
+        return self.model_copy(update={"wrappers": tuple(w for w in self.wrappers if not w.training_only)})
 
 
 class LearnedStdConfig(Settings):

@@ -96,7 +96,8 @@ def evaluate(
 
     Args:
         policy: its normaliser is used frozen.
-        env_config: `id`, `kwargs` and `wrappers` are used; no more than `num_envs` episodes run side by side.
+        env_config: `id`, `kwargs` and `wrappers` are used, but for those that are `training_only`; no more than
+            `num_envs` episodes run side by side.
         action_space: the space the policy was trained for; the environment's must be equal.
         episodes: number of episodes, at least 1.
         seed: of the first episode, not negative.
@@ -114,6 +115,7 @@ def evaluate(
         raise ValueError(f"episodes has to be at least 1, not {episodes}")
     if render and video is not None:
         raise ValueError("an environment is shown or recorded, not both")
+    env_config = env_config.for_evaluation
     if video is not None:
         check_recordable(env_config)
     if render:
@@ -143,7 +145,7 @@ def evaluate(
 
 def check_environment(policy: Policy, env_config: EnvConfig, action_space: spaces.Space[Any]) -> None:
     """Raises `EnvError` unless the environment can be built and is the policy's."""
-    env = make_single_env(env_config)
+    env = make_single_env(env_config.for_evaluation)
     try:
         _check_spaces(policy, env, action_space)
     finally:

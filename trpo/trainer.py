@@ -132,7 +132,7 @@ class Trainer:
         if shard.start == shard.stop:
             raise UserError(f"env.num_envs {config.env.num_envs} is less than the {self.group.size} processes")
         if config.evaluation.video and self.group.leads:
-            try_recording(config.env)
+            try_recording(config.env.for_evaluation)
         self._seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
         self._by_hand = self.env is not None
         if self.env is None:
@@ -150,7 +150,7 @@ class Trainer:
             group=self.group,
             device=self.device,
         )
-        if self._by_hand and self.group.leads:
+        if self.group.leads and (self._by_hand or config.env.for_evaluation != config.env):
             check_environment(self.agent.policy, config.env, self.action_space)
         if self._origin is not None:
             self._origin.copy_to(self.agent.policy, config, self.action_space)
