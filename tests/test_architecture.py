@@ -17,6 +17,7 @@ LAYERS = (
     {
         "advantages",
         "batch",
+        "body",
         "checkpoint",
         "colored_noise",
         "config",

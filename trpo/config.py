@@ -137,8 +137,8 @@ class BodyConfig(Settings):
     name: str = Field(
         pattern=r"^[\w.]+:\w+$",
         json_schema_extra={"form": "`module:callable`"},
-        description="`module:callable` that makes a torch module of its own, [B, inputs] → [B, features], when called "
-        "with the number of inputs and `kwargs`.",
+        description="`module:callable` that makes a torch module, [B, inputs] → [B, features], when called with the "
+        "number of inputs and `kwargs`: a function of each row alone, without noise or memory, twice differentiable.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the callable.")
 

@@ -14,12 +14,18 @@ _ABSENT = object()
 _WITHOUT_WORKERS = ("auto", "gymnasium", "torch")
 _UNSUPERVISED = (*_WITHOUT_WORKERS, "envpool")
 # Settings, or sections of them, that do nothing where another setting has one of these values.
+_GIVEN = object()  # any but null
 _IDLE: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("env.workers", "env.backend", _WITHOUT_WORKERS),
     ("env.timeout_s", "env.backend", _UNSUPERVISED),
     ("env.on_worker_failure", "env.backend", _UNSUPERVISED),
     ("env.max_restarts", "env.backend", _UNSUPERVISED),
     ("env.max_restarts", "env.on_worker_failure", ("fail",)),
+    *(
+        (f"{network}.{layers}", f"{network}.body", (_GIVEN,))
+        for network in ("policy", "value")
+        for layers in ("hidden_sizes", "activation")
+    ),
     ("value.adam", "value.fit", ("gauss_newton",)),
     ("value.gauss_newton", "value.fit", ("adam",)),
     ("normalize.clip_observations", "normalize.observations", (False,)),
@@ -45,8 +51,11 @@ def without_effect(config: Config) -> list[str]:
     for key, _, _ in _differences(_plain(Config(env=EnvConfig(id=config.env.id))), settings):
         for idle, other, values in _IDLE:
             below = key == idle or key.startswith(f"{idle}.")
-            if below and key != other and (value := _at(settings, other)) in values:
-                lines.append(f"{key}, while {other} is {show(value)}")
+            if not below or key == other:
+                continue
+            value = _at(settings, other)
+            if value in values or (_GIVEN in values and value is not None):
+                lines.append(f"{key}, while {other} is {'given' if _GIVEN in values else show(value)}")
                 break
     return lines
 

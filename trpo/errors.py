@@ -7,6 +7,7 @@ import difflib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -53,6 +54,18 @@ def nearest_path(missing: Path, others: Iterable[Path]) -> str:
 
     by_name = {name(path): path for path in others}
     return did_you_mean(by_name[near] for near in difflib.get_close_matches(name(missing), by_name, n=1))
+
+
+def raised(error: Exception) -> str:
+    """What other people's code raised, and where: one line, since whoever wrote it can open the file."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({os.path.relpath(place.filename)}:{place.lineno})"
+
+
+def gist(error: Exception) -> str:
+    """The first line that says something: torch's own begins with a heading."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line[:200] for line in lines if line and not line.endswith(":")), type(error).__name__)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -8,7 +8,6 @@ activations: one product costs four matrix passes and no graph. `NativeLineariza
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -17,12 +16,14 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trpo.config import BodyConfig, PolicyConfig, ValueConfig
-from trpo.errors import ConfigError
+from trpo.body import make_body
+from trpo.config import PolicyConfig, ValueConfig
+from trpo.errors import ConfigError, raised
 from trpo.native import NativeMlp, checked
 from trpo.normalizer import ObservationNormalizer
-from trpo.parameters import Layout
+from trpo.parameters import Layout, free_parameters, functional
 
 
 class Linearization(Protocol):
@@ -68,9 +69,12 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 
 
 def linearize(network: nn.Module, x: Tensor) -> Linearization:
-    """f and its Jacobian at the network's present θ: in closed form if it offers that, else by autograd."""
+    """f and its Jacobian at the network's present θ: by autograd, unless the network offers it in closed form and no
+    parameter is frozen, of which closed forms know nothing."""
     closed_form = getattr(network, "linearize", None)
-    return AutogradLinearization(network, x) if closed_form is None else cast(Linearization, closed_form(x))
+    if closed_form is None or not all(p.requires_grad for p in network.parameters()):
+        return AutogradLinearization(network, x)
+    return cast(Linearization, closed_form(x))
 
 
 class MLP(nn.Module):
@@ -148,6 +152,8 @@ def build_network(
     *,
     key: str,
     head_scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
     generator: torch.Generator,
 ) -> MLP | BodyAndHead:
     """The network of a config, freshly initialised.
@@ -158,50 +164,38 @@ def build_network(
         settings: of the policy or of the value function.
         key: their name, for messages.
         head_scale: gain of the orthogonal initialisation of the last layer.
-        generator: source of the weights; of a body's, too, through torch's own generator.
+        dtype: what it computes in.
+        device: where.
+        generator: source of the weights.
 
     Raises:
-        ConfigError: `settings.body` cannot be imported or called, or gives no module that fits.
+        ConfigError: `settings.body` gives no module that fits, or none that can be differentiated twice.
     """
     if settings.body is None:
         sizes = [inputs, *settings.hidden_sizes, outputs]
-        return MLP(sizes, activation=settings.activation, head_scale=head_scale, generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        body = _call(settings.body, inputs, key)
-    for part in body.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
-            kind = type(part).__name__
-            raise ConfigError(
-                f"{key}.body: {settings.body.name} holds a {kind}, which makes another network of each batch"
-            )
+        mlp = MLP(sizes, activation=settings.activation, head_scale=head_scale, generator=generator)
+        return mlp.to(device, dtype)
+    body, features = make_body(settings.body, inputs, key=key, dtype=dtype, device=device, generator=generator)
+    problem = f"{key}.body: the module of {settings.body.name} cannot be differentiated twice, as Fisher products need"
     try:
-        with torch.no_grad():
-            out = body(torch.zeros(2, inputs))
-        features = int(out.shape[1]) if out.dim() == 2 and len(out) == 2 else 0
+        fits = _products_fit(body, torch.linspace(-1, 1, 5 * inputs, dtype=dtype, device=device).view(5, inputs))
     except Exception as error:
-        problem = f"takes no observations [B, {inputs}]: {type(error).__name__}: {error}"
-        raise ConfigError(f"{key}.body: the module of {settings.body.name} {problem}") from error
-    if not features:
-        problem = f"gives {list(out.shape)} for observations [2, {inputs}], not [2, features]"
-        raise ConfigError(f"{key}.body: the module of {settings.body.name} {problem}")
-    return BodyAndHead(body, features, outputs, head_scale=head_scale, generator=generator)
+        raise ConfigError(f"{problem}: {raised(error)}") from error
+    if not fits:
+        raise ConfigError(f"{problem}: what it gives for Jv is not what its gradients say")
+    return BodyAndHead(body, features, outputs, head_scale=head_scale, generator=generator).to(device, dtype)
 
 
-def _call(body: BodyConfig, inputs: int, key: str) -> nn.Module:
-    module, _, name = body.name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}.body.name: {body.name!r} cannot be imported: {error}") from error
-    try:
-        made = factory(inputs, **body.kwargs)
-    except Exception as error:
-        problem = f"cannot be called with {inputs} and kwargs {body.kwargs}: {type(error).__name__}: {error}"
-        raise ConfigError(f"{key}.body: {body.name} {problem}") from error
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"{key}.body: {body.name} gave a {type(made).__name__}, not a torch.nn.Module")
-    return made
+def _products_fit(module: nn.Module, x: Tensor) -> bool:
+    """Whether ⟨u, Jv⟩ = ⟨Jᵀu, v⟩: some operations have second derivatives that are wrong, and say nothing."""
+    if not free_parameters(module):
+        return True
+    linearization = AutogradLinearization(module, x)
+    u = torch.sin(torch.arange(linearization.output.numel()).to(x)).view_as(linearization.output)
+    v = torch.sin(torch.arange(1.0, linearization.size + 1).to(x))
+    forward, backward = u * linearization.jvp(v), linearization.vjp(u) * v
+    tolerance = 1e-3 * max(forward.abs().sum(), backward.abs().sum())
+    return bool((forward.sum() - backward.sum()).abs() <= tolerance)
 
 
 class MlpLinearization:
@@ -316,16 +310,22 @@ class AutogradLinearization:
     """J of any module with respect to its parameters, but for frozen ones, by automatic differentiation.
 
     Jᵀw is linear in w, so differentiating ⟨Jᵀw, v⟩ with respect to w gives Jv: reverse mode twice, no forward mode
-    needed from the module's operations. Both graphs are built once and kept for all products.
+    needed from the module's operations. Both graphs are kept for all products; the second is built with the first Jv.
+
+    Raises:
+        ValueError: all parameters are frozen.
     """
 
     def __init__(self, module: nn.Module, x: Tensor):
         # Copies: writing θ goes through views whose changes autograd does not see, and would falsify kept graphs.
-        trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-        copies = {name: p.detach().clone().requires_grad_() for name, p in trained}
-        self._parameters = list(copies.values())
-        with torch.enable_grad():
-            self._output = torch.func.functional_call(module, copies, (x,))
+        of: dict[nn.Parameter, Tensor] = {p: p.detach().clone().requires_grad_() for p in free_parameters(module)}
+        if not of:
+            raise ValueError("all parameters of the network are frozen: there is nothing to train")
+        self._parameters = list(of.values())
+        self.size = sum(p.numel() for p in of)
+        # Fused attention has no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            self._output = functional(module, of)(x)
             self._dual = torch.zeros_like(self._output, requires_grad=True)
         self.output = self._output.detach()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class FlatParameters:
     """
 
     def __init__(self, module: nn.Module):
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = free_parameters(module)
         self.frozen = len(parameters) < sum(1 for _ in module.parameters())
         self.layout = Layout([p.shape for p in parameters])
         like = next(module.parameters()).detach()
@@ -31,6 +31,23 @@ class FlatParameters:
     def assign_(self, theta: Tensor) -> None:
         """θ ← `theta` [P]."""
         self.vector.copy_(theta)
+
+
+def free_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """All that are not frozen, in the order of θ."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def functional(module: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Callable[[Tensor], Tensor]:
+    """x ↦ module(x) with other values of some of its parameters."""
+    # Each module once, under one name: whatever is named twice, `functional_call` would not put back.
+    named = {
+        name: values[p]
+        for prefix, part in module.named_modules()
+        for name, p in part.named_parameters(prefix, recurse=False)
+        if p in values
+    }
+    return lambda x: torch.func.functional_call(module, named, (x,), tie_weights=False)
 
 
 class Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from trpo.config import Config, LearnedStdConfig
 from trpo.distributions import DiagonalGaussian, Distribution, Ordinal, distribution_for
 from trpo.networks import (
     MLP,
-    AutogradLinearization,
     BodyAndHead,
     ClosedForm,
     Factors,
@@ -58,30 +58,40 @@ class Policy(nn.Module):
 
     def linearize(self, obs: Tensor) -> Linearization:
         """η and its Jacobian at the current θ for normalised observations [B, D]."""
-        if self.theta.frozen:  # a closed form knows no parameters that do not move
-            return AutogradLinearization(self.network, obs)
         return linearize(self.network, obs)
 
-    @torch.inference_mode()
+    @property
+    def _acting(self) -> Callable[[], AbstractContextManager[None]]:
+        """Acting needs no graph, and of built-in layers nothing to build one from; others may keep what they made."""
+        built_in = isinstance(getattr(self.network, "network", self.network), MLP)
+        return torch.inference_mode if built_in else torch.no_grad
+
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Raw observations [N, D] and noise of `noise` → actions [N, A], in the policy's encoding."""
-        return self.distribution.sample(self.network(self.normalizer(obs)), noise.to(self.theta.vector.device))
+        with self._acting():
+            return self.distribution.sample(self.network(self.normalizer(obs)), noise.to(self.theta.vector.device))
 
     def sampler(self) -> Callable[[Tensor, Tensor], Tensor]:
         """`sample` for as long as nothing changes in the policy: what depends on no observation is computed once."""
-        with torch.inference_mode():
+        acting = self._acting
+        with acting():
             parameters = frozen(self.network, self.normalizer)
-        return torch.inference_mode()(lambda obs, noise: self.distribution.sample(parameters(obs), noise))
+
+        def sample(obs: Tensor, noise: Tensor) -> Tensor:
+            with acting():
+                return self.distribution.sample(parameters(obs), noise)
+
+        return sample
 
     def noise(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """N(0, 1) numbers for `sample` [*shape, Z], on the CPU: there a seed gives the same ones for every device."""
         like = self.theta.vector.new_empty(0, device="cpu")
         return self.distribution.noise(*shape, like=like, generator=generator)
 
-    @torch.inference_mode()
     def mode(self, obs: Tensor) -> Tensor:
         """Raw observations [N, D] → the actions without noise [N, A], in the policy's encoding."""
-        return self.distribution.mode(self.network(self.normalizer(obs)))
+        with self._acting():
+            return self.distribution.mode(self.network(self.normalizer(obs)))
 
     def std(self) -> float:
         """Mean standard deviation of a state-independent Gaussian policy; NaN for others."""
@@ -123,7 +133,7 @@ class GivenStdHead(nn.Module):
         self.given_log_std.fill_(math.log(std))
 
     def linearize(self, obs: Tensor) -> GivenStdLinearization:
-        """Closed-form linearisation, on top of the network's."""
+        """In closed form, on top of the network's linearisation."""
         return GivenStdLinearization(self, obs)
 
 
@@ -202,7 +212,7 @@ class GaussianHead(nn.Module):
         return self._bound(self.raw_log_std.detach())
 
     def linearize(self, obs: Tensor) -> GaussianLinearization:
-        """Closed-form linearisation, on top of the network's."""
+        """In closed form, on top of the network's linearisation."""
         return GaussianLinearization(self, obs)
 
     def _squash(self, raw: Tensor) -> Tensor:
@@ -287,6 +297,8 @@ def build_policy(
         settings,
         key="policy",
         head_scale=settings.mean_head_scale,
+        dtype=dtype,
+        device=device,
         generator=generator,
     )
     network: nn.Module = inner

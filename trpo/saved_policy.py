@@ -26,7 +26,7 @@ from trpo.config_difference import config_difference
 from trpo.device import resolve_device
 from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.spaces import ActionEncoding
-from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, nearest_path
+from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, gist, nearest_path
 from trpo.policy import Policy, build_policy
 
 KIND = "trpo policy"
@@ -220,8 +220,7 @@ def _one_kind_of_error(directory: Path) -> Iterator[None]:
     except (ConfigError, UntrustedCodeError):
         raise
     except Exception as error:  # a trust boundary: hostile values raise anything, and users see one kind
-        first_line = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise CheckpointError(f"{directory} is not a policy this version can open ({first_line})") from error
+        raise CheckpointError(f"{directory} is not a policy this version can open ({gist(error)})") from error
 
 
 def _config(state: dict[str, Any]) -> Config:
@@ -305,7 +304,7 @@ def _restore(state: dict[str, Any], directory: Path, device: torch.device, trust
     generator = torch.Generator().manual_seed(0)  # the weights it draws are overwritten by the saved ones
     policy = build_policy(config, observation_space, action_space, generator=generator, device=device)
     policy.load_state_dict(state["policy"])
-    tensors = [*policy.state_dict().values(), policy.normalizer.shift, policy.normalizer.scale]
+    tensors = [*policy.parameters(), *policy.normalizer.buffers()]  # a buffer of a body's may be infinite, as masks are
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ValueError("it holds numbers that are not finite")
     return SavedPolicy(policy, config, action_space, info, directory)

@@ -31,7 +31,7 @@ from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
 from trpo.envs.shard import restart_seed
-from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
+from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist
 from trpo.evaluation import Evaluation, check_environment, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
@@ -114,8 +114,13 @@ class Trainer:
             raise UserError(f"a run that goes on has a policy already: {start_from} is for new ones")
         self._origin: SavedPolicy | None = None
         if start_from:
-            known = policy_settings(start_from).policy.body == config.policy.body  # code that this config names, too
-            self._origin = load_policy(start_from, trust_code=known)
+            body, given = policy_settings(start_from).policy.body, config.policy.body
+            if body != given:
+                raise CheckpointError(
+                    f"{start_from} is no policy to start from here: its policy.body is {body and body.name}, the "
+                    f"config's {given and given.name}, or their kwargs differ; set what it was saved with"
+                )
+            self._origin = load_policy(start_from, trust_code=True)  # code that this config names, too
         self.group = join_group(self.device)
         try:
             self._build()
@@ -164,6 +169,7 @@ class Trainer:
             total_envs=config.env.num_envs,
             staggered=config.env.stagger and not self._by_hand,
         )
+        self.group.assert_equal(self.agent.policy.theta.vector, "the new policy")
 
     def _open_run(self, root: Path, resume: Path | None, console: bool) -> None:
         """Creates or opens the run directory, and takes up its newest checkpoint. Only rank 0 writes."""
@@ -511,7 +517,7 @@ class Trainer:
             self._saved_at_step = self.env_steps
             return changed
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            why = "; ".join(changed) or str(error).splitlines()[0]
+            why = "; ".join([*changed, gist(error)])
             raise CheckpointError(f"{path}: does not fit this config ({why})") from error
 
     def _begin_anew(self, env_steps: int) -> None:

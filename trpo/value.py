@@ -116,7 +116,7 @@ class AdamFit:
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
         # Less to do per operation than with `no_grad`, which counts where operations are this small. But only in the
         # latter can autograd be allowed, which other networks need.
-        with torch.inference_mode(isinstance(value.network, MLP)), torch.no_grad():
+        with torch.inference_mode(_in_closed_form(value)), torch.no_grad():
             return self._fit(value, obs, target, progress)
 
     def _fit(self, value: ValueFunction, obs: Tensor, target: Tensor, progress: float) -> FitReport:
@@ -130,7 +130,8 @@ class AdamFit:
         total = total_count(len(obs), self.all_sum)
         batches = max(1, int(total) // self.settings.minibatch_size)
         sizes = [len(rows) for rows in target.tensor_split(batches)]
-        native = getattr(value.network, "native", None) if self.all_sum is one_process else None  # it sums nothing
+        alone = self.all_sum is one_process  # compiled code sums nothing on the way
+        native = value.network.native if isinstance(value.network, MLP) and alone and _in_closed_form(value) else None
         counts = self.all_sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
         for _ in range(self.settings.epochs):
             order = torch.randperm(len(obs), generator=self.generator).to(obs.device)
@@ -169,6 +170,10 @@ class AdamFit:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._adam.load_state_dict(state)
+
+
+def _in_closed_form(value: ValueFunction) -> bool:
+    return isinstance(value.network, MLP) and not value.theta.frozen
 
 
 class Adam:
@@ -297,5 +302,14 @@ def explained_variance(prediction: Tensor, target: Tensor, all_sum: AllSum = one
 def build_value(config: Config, obs_dim: int, *, generator: torch.Generator, device: torch.device) -> ValueFunction:
     """A freshly initialised value function for flat observations [D]."""
     settings = config.value
-    network = build_network(obs_dim, 1, settings, key="value", head_scale=1.0, generator=generator)
-    return ValueFunction(network.to(device, getattr(torch, config.dtype)))
+    network = build_network(
+        obs_dim,
+        1,
+        settings,
+        key="value",
+        head_scale=1.0,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        generator=generator,
+    )
+    return ValueFunction(network)

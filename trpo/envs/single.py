@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-import os
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from gymnasium.wrappers import FlattenObservation
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs.mujoco_warnings import warn_once
 from trpo.envs.spaces import ActionEncoding, check_observation_space, is_flat
-from trpo.errors import EnvError, did_you_mean
+from trpo.errors import EnvError, did_you_mean, raised
 
 
 def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
@@ -63,11 +62,9 @@ def _number(given: Any) -> float:
 
 
 def told(error: Exception) -> str:
-    """What an environment raised, and where: one line, since whoever wrote it can open the file."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {said} ({os.path.relpath(place.filename)}:{place.lineno})"
-    if "values to unpack" in str(error) and ("env.reset(" in str(place.line) or "env.step(" in str(place.line)):
+    """What an environment raised, and where."""
+    text, line = raised(error), str(traceback.extract_tb(error.__traceback__)[-1].line)
+    if "values to unpack" in str(error) and ("env.reset(" in line or "env.step(" in line):
         text += (
             ": reset() has to return (observation, info), and step() (observation, reward, terminated, truncated, info)"
         )

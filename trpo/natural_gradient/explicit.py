@@ -29,14 +29,20 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 
 def eta_function(network: nn.Module, obs: Tensor) -> Callable[[Tensor], Tensor]:
     """θ [P] ↦ η [B, K] of a network on observations [B, D]; θ holds its free parameters one after another."""
-    shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
+    free = [p for p in network.parameters() if p.requires_grad]
 
     def eta_of(theta: Tensor) -> Tensor:
         values, start = {}, 0
-        for name, shape in shapes.items():
-            values[name] = theta[start : start + shape.numel()].reshape(shape)
-            start += shape.numel()
-        return torch.func.functional_call(network, values, (obs,))
+        for p in free:
+            values[p] = theta[start : start + p.numel()].reshape(p.shape)
+            start += p.numel()
+        named = {
+            name: values[p]
+            for prefix, part in network.named_modules()
+            for name, p in part.named_parameters(prefix, recurse=False)
+            if p in values
+        }
+        return torch.func.functional_call(network, named, (obs,), tie_weights=False)
 
     return eta_of
 

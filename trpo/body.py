@@ -1,0 +1,86 @@
+"""Layers of a user's own, by the name that settings give them: imported, made, and looked at before they are used."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trpo.config import BodyConfig
+from trpo.errors import ConfigError, raised
+
+
+def make_body(
+    settings: BodyConfig,
+    inputs: int,
+    *,
+    key: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> tuple[nn.Module, int]:
+    """The module that settings name, and how many features [B, F] it makes of observations [B, `inputs`].
+
+    Args:
+        settings: what to call, and with what.
+        inputs: D.
+        key: the setting's name, for messages.
+        dtype: what it computes in.
+        device: where.
+        generator: source of its weights, through torch's own generator.
+
+    Raises:
+        ConfigError: it cannot be imported or called, or gives no module that fits, or one that is another function from
+            one call to the next: then what acted would not be what is updated.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        # A copy: whoever makes one module for all calls would have policies share it, and V.
+        body = copy.deepcopy(_made(settings, inputs, key)).to(device, dtype)
+        x = torch.linspace(-1, 1, 5 * inputs, dtype=dtype, device=device).view(5, inputs)
+        return body, _looked_at(body, x, f"{key}.body: the module of {settings.name}")
+
+
+def _made(settings: BodyConfig, inputs: int, key: str) -> nn.Module:
+    module, _, name = settings.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(f"{key}.body.name: {settings.name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{key}.body.name: {settings.name!r} cannot be imported: {raised(error)}") from error
+    try:
+        made: Any = factory(inputs, **settings.kwargs)
+    except Exception as error:
+        problem = f"cannot be called with {inputs} and kwargs {settings.kwargs}: {raised(error)}"
+        raise ConfigError(f"{key}.body: {settings.name} {problem}") from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{key}.body: {settings.name} gave {made!r:.60}, not a torch.nn.Module")
+    return made
+
+
+@torch.no_grad()
+def _looked_at(body: nn.Module, x: Tensor, name: str) -> int:
+    """The number of features of a module that is a function of single observations [5, D], and nothing else."""
+    try:
+        body(x.clone())  # what it makes when it is called first, as lazy layers do
+        before = {key: value.clone() for key, value in body.state_dict().items()}
+        out, again = body(x.clone()), body(x.clone())
+        apart = torch.cat([body(x[:2].clone()), body(x[2:].clone())]) if isinstance(out, Tensor) else None
+    except Exception as error:
+        raise ConfigError(f"{name} takes no observations [B, {x.shape[1]}] of {x.dtype}: {raised(error)}") from error
+    if apart is None or out.dim() != 2 or len(out) != len(x) or not out.shape[1] or out.dtype != x.dtype:
+        given = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ConfigError(
+            f"{name} gives {given} for observations {x.dtype} {list(x.shape)}, not [5, features] of those"
+        )
+    same = all(torch.allclose(out, other, rtol=1e-4, atol=1e-5, equal_nan=True) for other in (again, apart))
+    if not same or any(not torch.equal(value, before[key]) for key, value in body.state_dict().items()):
+        raise ConfigError(
+            f"{name} is another function from call to call: leave out what draws random numbers (dropout), what looks "
+            "at other rows of a batch (batch normalisation), and what changes when it is called (running statistics)"
+        )
+    return int(out.shape[1])
