@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bodies import Gated
-from commands import config_for, one_line, run_script
+from commands import PROJECT, config_for, one_line, run_script
 from gymnasium import spaces
 from helpers import F64, randn, relative_error, seeded, torch_kl
 from test_resume import assert_same_run
@@ -20,6 +22,7 @@ from trpo.agent import Agent
 from trpo.checkpoint import load_state
 from trpo.config import Config
 from trpo.config_difference import without_effect
+from trpo.config_file import parse_config
 from trpo.distributed import join_group
 from trpo.errors import CheckpointError, ConfigError
 from trpo.natural_gradient import fisher_product
@@ -290,3 +293,17 @@ def test_a_copy_in_another_place_finds_its_module_in_the_working_directory(tmp_p
     outcome = run_script("train.py", "--config", "c.yaml", capture=capsys, patch=monkeypatch)
     assert outcome.status == 0, outcome.err
     assert outcome.out.splitlines()[-1].endswith("--trust-code")
+
+
+def test_the_readmes_layers_and_settings_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# my_layers.py.*?)```", readme, re.DOTALL)
+    (settings,) = re.findall(r"```yaml\n(policy: \{body: .*?)```", readme, re.DOTALL)
+    (tmp_path / "my_layers.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_layers", raising=False)  # another test's
+    given = parse_config("env: {id: CartPole-v1}\n" + settings)
+    box = spaces.Box(0, 1, (256,))
+    policy = build_policy(given, box, spaces.Discrete(2), generator=seeded(), device=CPU)
+    assert policy.network.head.in_features == 4 * 4 * 4 and policy(randn(3, 256).float()).shape == (3, 2)
+    assert build_value(given, 256, generator=seeded(), device=CPU).network.head.in_features == 8 * 4 * 4
