@@ -225,6 +225,10 @@ class TestMaking:
     def test_unknown_id_names_near_matches(self) -> None:
         with pytest.raises(EnvError, match=r"'Penduluum-v1' is registered; did you mean .*Pendulum-v1"):
             make_envs(config("Penduluum-v1"), [0])
+        with pytest.raises(EnvError, match="did you mean CartPole-v1"):  # not v0
+            make_single_env(EnvConfig(id="CartPoole-v0"))
+        with pytest.raises(EnvError, match="'Foo-v1' is registered; if a package registers it"):
+            make_single_env(EnvConfig(id="Foo-v1"))
 
     def test_unknown_version_names_the_known_ones(self) -> None:
         with pytest.raises(EnvError, match=r"did you mean .*CartPole-v1"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import re
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -89,9 +90,14 @@ def _make(config: EnvConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]
 
 def _unknown_id(env_id: str, error: Exception) -> str:
     name = env_id.rpartition(":")[2]
-    near = difflib.get_close_matches(name, gymnasium.registry.keys(), n=3)
+    newest = {_without_version(known): known for known in gymnasium.registry}  # versions are registered in order
+    near = [newest[found] for found in difflib.get_close_matches(_without_version(name), newest, n=3)]
     hint = did_you_mean(near) or f"; if a package registers it, write `module:{name}` ({error})"
     return f"env.id: no environment {env_id!r} is registered{hint}"
+
+
+def _without_version(env_id: str) -> str:
+    return re.sub(r"-v\d+$", "", env_id)  # which would make any two alike
 
 
 def _missing_package(env_id: str, error: Exception) -> str:
