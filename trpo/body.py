@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trpo.config import BodyConfig
-from trpo.errors import ConfigError, raised
+from trpo.errors import ConfigError, imported, raised
 
 
 def make_body(
@@ -40,18 +39,16 @@ def make_body(
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         # A copy: whoever makes one module for all calls would have policies share it, and V.
         body = copy.deepcopy(_made(settings, inputs, key)).to(device, dtype)
-        x = torch.linspace(-1, 1, 5 * inputs, dtype=dtype, device=device).view(5, inputs)
-        return body, _looked_at(body, x, f"{key}.body: the module of {settings.name}")
+        return body, _looked_at(body, probe(inputs, dtype, device), f"{key}.body: the module of {settings.name}")
+
+
+def probe(inputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Observations [5, `inputs`] to look at a module with, no two alike."""
+    return torch.linspace(-1, 1, 5 * inputs, dtype=dtype, device=device).view(5, inputs)
 
 
 def _made(settings: BodyConfig, inputs: int, key: str) -> nn.Module:
-    module, _, name = settings.name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ConfigError(f"{key}.body.name: {settings.name!r} cannot be imported: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"{key}.body.name: {settings.name!r} cannot be imported: {raised(error)}") from error
+    factory = imported(settings.name, key=f"{key}.body.name", kind=ConfigError)
     try:
         made: Any = factory(inputs, **settings.kwargs)
     except Exception as error:

@@ -13,8 +13,8 @@ _ABSENT = object()
 
 _WITHOUT_WORKERS = ("auto", "gymnasium", "torch")
 _UNSUPERVISED = (*_WITHOUT_WORKERS, "envpool")
+_GIVEN = object()  # any value but null
 # Settings, or sections of them, that do nothing where another setting has one of these values.
-_GIVEN = object()  # any but null
 _IDLE: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("env.workers", "env.backend", _WITHOUT_WORKERS),
     ("env.timeout_s", "env.backend", _UNSUPERVISED),

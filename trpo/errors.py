@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -60,6 +61,17 @@ def raised(error: Exception) -> str:
     """What other people's code raised, and where: one line, since whoever wrote it can open the file."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({os.path.relpath(place.filename)}:{place.lineno})"
+
+
+def imported(name: str, *, key: str, kind: type[UserError]) -> Any:
+    """What a setting `key` names as `module:attribute`; raises `kind`, in one line, if that cannot be imported."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise kind(f"{key}: {name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise kind(f"{key}: {name!r} cannot be imported: {raised(error)}") from error
 
 
 def gist(error: Exception) -> str:

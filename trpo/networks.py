@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trpo.body import make_body
+from trpo.body import make_body, probe
 from trpo.config import PolicyConfig, ValueConfig
 from trpo.errors import ConfigError, raised
 from trpo.native import NativeMlp, checked
@@ -71,10 +71,14 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 def linearize(network: nn.Module, x: Tensor) -> Linearization:
     """f and its Jacobian at the network's present θ: by autograd, unless the network offers it in closed form and no
     parameter is frozen, of which closed forms know nothing."""
-    closed_form = getattr(network, "linearize", None)
-    if closed_form is None or not all(p.requires_grad for p in network.parameters()):
-        return AutogradLinearization(network, x)
-    return cast(Linearization, closed_form(x))
+    if in_closed_form(network):
+        return cast(Linearization, network.linearize(x))  # type: ignore[operator]
+    return AutogradLinearization(network, x)
+
+
+def in_closed_form(network: nn.Module) -> bool:
+    """Whether `linearize` needs no graph."""
+    return hasattr(network, "linearize") and all(p.requires_grad for p in network.parameters())
 
 
 class MLP(nn.Module):
@@ -178,7 +182,7 @@ def build_network(
     body, features = make_body(settings.body, inputs, key=key, dtype=dtype, device=device, generator=generator)
     problem = f"{key}.body: the module of {settings.body.name} cannot be differentiated twice, as Fisher products need"
     try:
-        fits = _products_fit(body, torch.linspace(-1, 1, 5 * inputs, dtype=dtype, device=device).view(5, inputs))
+        fits = _products_fit(body, probe(inputs, dtype, device))
     except Exception as error:
         raise ConfigError(f"{problem}: {raised(error)}") from error
     if not fits:

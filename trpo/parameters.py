@@ -16,12 +16,10 @@ class FlatParameters:
 
     Attributes:
         vector: θ [P], live: changes with the module and changes it.
-        frozen: whether the module has parameters that are no part of it.
     """
 
     def __init__(self, module: nn.Module):
         parameters = free_parameters(module)
-        self.frozen = len(parameters) < sum(1 for _ in module.parameters())
         self.layout = Layout([p.shape for p in parameters])
         like = next(module.parameters()).detach()
         self.vector = torch.cat([like.new_empty(0), *(p.detach().reshape(-1) for p in parameters)])

@@ -14,6 +14,6 @@ def stream_seed(seed: int, stream: str, index: int = 0) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0]) >> 1
 
 
-def torch_generator(seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for a named stream."""
-    return torch.Generator(device).manual_seed(stream_seed(seed, stream))
+def torch_generator(seed: int, stream: str) -> torch.Generator:
+    """A generator of its own for a named stream, on the CPU."""
+    return torch.Generator().manual_seed(stream_seed(seed, stream))

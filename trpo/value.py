@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
 from trpo.native import NativeMlp, adam_step, takes_vectors
 from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
-from trpo.networks import MLP, BodyAndHead, ClosedForm, Linearization, build_network, linearize
+from trpo.networks import MLP, BodyAndHead, ClosedForm, Linearization, build_network, in_closed_form, linearize
 from trpo.parameters import FlatParameters
 from trpo.reduction import AllSum, one_process, total_count
 
@@ -116,7 +116,7 @@ class AdamFit:
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
         # Less to do per operation than with `no_grad`, which counts where operations are this small. But only in the
         # latter can autograd be allowed, which other networks need.
-        with torch.inference_mode(_in_closed_form(value)), torch.no_grad():
+        with torch.inference_mode(in_closed_form(value.network)), torch.no_grad():
             return self._fit(value, obs, target, progress)
 
     def _fit(self, value: ValueFunction, obs: Tensor, target: Tensor, progress: float) -> FitReport:
@@ -130,8 +130,9 @@ class AdamFit:
         total = total_count(len(obs), self.all_sum)
         batches = max(1, int(total) // self.settings.minibatch_size)
         sizes = [len(rows) for rows in target.tensor_split(batches)]
-        alone = self.all_sum is one_process  # compiled code sums nothing on the way
-        native = value.network.native if isinstance(value.network, MLP) and alone and _in_closed_form(value) else None
+        mlp = value.network if isinstance(value.network, MLP) and in_closed_form(value.network) else None
+        # Compiled code sums nothing over processes on the way.
+        native = mlp.native if mlp is not None and self.all_sum is one_process else None
         counts = self.all_sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
         for _ in range(self.settings.epochs):
             order = torch.randperm(len(obs), generator=self.generator).to(obs.device)
@@ -170,10 +171,6 @@ class AdamFit:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._adam.load_state_dict(state)
-
-
-def _in_closed_form(value: ValueFunction) -> bool:
-    return isinstance(value.network, MLP) and not value.theta.frozen
 
 
 class Adam:

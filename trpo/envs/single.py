@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import re
 import traceback
@@ -18,7 +17,7 @@ from gymnasium.wrappers import FlattenObservation
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs.mujoco_warnings import warn_once
 from trpo.envs.spaces import ActionEncoding, check_observation_space, is_flat
-from trpo.errors import EnvError, did_you_mean, raised
+from trpo.errors import EnvError, did_you_mean, imported, raised
 
 
 def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
@@ -117,11 +116,7 @@ def _failure(config: EnvConfig, error: Exception) -> str:
 
 
 def _wrap(env: gymnasium.Env[Any, Any], wrapper: WrapperConfig, key: str) -> gymnasium.Env[Any, Any]:
-    module, _, name = wrapper.name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise EnvError(f"{key}.name: {wrapper.name!r} cannot be imported: {error}") from error
+    factory = imported(wrapper.name, key=f"{key}.name", kind=EnvError)
     try:
         wrapped = factory(env, **wrapper.kwargs)
     except Exception as error:
