@@ -83,10 +83,11 @@ class EnvConfig(Settings):
         ge=1,
         description="Environments stepped side by side (all processes together); an evaluation has no more at once.",
     )
-    backend: Literal["auto", "gymnasium", "gymnasium-async", "envpool", "torch"] = Field(
+    backend: Literal["auto", "gymnasium", "gymnasium-async", "mujoco", "envpool", "torch"] = Field(
         "auto",
-        description="`gymnasium`: in this process; `gymnasium-async`: in worker processes; `envpool`: in threads, by "
-        "that package; `torch`: Pendulum-v1 and CartPole-v1 on `device`; `auto`: `gymnasium`.",
+        description="`gymnasium`: in this process; `gymnasium-async`: in worker processes; `mujoco`: Gymnasium's own "
+        "MuJoCo tasks (v5) in threads, with the same numbers; `envpool`: in threads, by that package; `torch`: "
+        "Pendulum-v1 and CartPole-v1 on `device`; `auto`: `mujoco` where it can, else `gymnasium`.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of `gymnasium.make`.")
     wrappers: Annotated[tuple[WrapperConfig, ...], Field(strict=False)] = Field(
@@ -97,7 +98,9 @@ class EnvConfig(Settings):
         description="Truncate the first episode of each environment at a step of its own, so that episodes of one "
         "length do not run in step.",
     )
-    workers: int = Field(0, ge=0, description="Processes of `gymnasium-async`, threads of `envpool`; 0: one per core.")
+    workers: int = Field(
+        0, ge=0, description="Processes of `gymnasium-async`, threads of `mujoco` and `envpool`; 0: one per core."
+    )
     timeout_s: float = Field(60.0, gt=0, description="Seconds a worker may take for one step before it counts as hung.")
     on_worker_failure: Literal["fail", "restart"] = Field(
         "fail", description="What to do when a worker dies or hangs; `restart` truncates the cut episodes."

@@ -11,8 +11,8 @@ from trpo.strict_yaml import show
 
 _ABSENT = object()
 
-_WITHOUT_WORKERS = ("auto", "gymnasium", "torch")
-_UNSUPERVISED = (*_WITHOUT_WORKERS, "envpool")
+_WITHOUT_WORKERS = ("gymnasium", "torch")
+_UNSUPERVISED = (*_WITHOUT_WORKERS, "auto", "mujoco", "envpool")
 _GIVEN = object()  # any value but null
 # Settings, or sections of them, that do nothing where another setting has one of these values.
 _IDLE: tuple[tuple[str, str, tuple[object, ...]], ...] = (

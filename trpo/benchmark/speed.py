@@ -31,8 +31,10 @@ SETUPS: dict[str, dict[str, dict[str, Any]]] = {
         "gymnasium × 8": {"backend": "gymnasium", "num_envs": 8},
         "gymnasium × 16": {"backend": "gymnasium", "num_envs": 16},
         "gymnasium-async × 16": {"backend": "gymnasium-async", "num_envs": 16},
+        "mujoco × 16, 1 worker": {"backend": "mujoco", "num_envs": 16, "workers": 1},
         "envpool × 16, 1 worker": {"backend": "envpool", "num_envs": 16, "workers": 1},
         "gymnasium × 16, 2 threads": {"backend": "gymnasium", "num_envs": 16, "threads": 2},
+        "mujoco × 16, 2 workers, 2 threads": {"backend": "mujoco", "num_envs": 16, "workers": 2, "threads": 2},
         "envpool × 16, 2 workers, 2 threads": {"backend": "envpool", "num_envs": 16, "workers": 2, "threads": 2},
     },
     "sb3-contrib": {
@@ -49,7 +51,13 @@ RECIPE_TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     OURS: {
         name: SETUPS[OURS][name]
-        for name in ("envpool × 16, 1 worker", "envpool × 16, 2 workers, 2 threads", "gymnasium × 16")
+        for name in (
+            "gymnasium × 16",
+            "mujoco × 16, 1 worker",
+            "mujoco × 16, 2 workers, 2 threads",
+            "envpool × 16, 1 worker",
+            "envpool × 16, 2 workers, 2 threads",
+        )
     },
     "sb3-contrib": {f"rl-zoo, DummyVecEnv × {peer_learning.ENVS}": {"num_envs": peer_learning.ENVS}},
 }

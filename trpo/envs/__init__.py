@@ -21,8 +21,6 @@ __all__ = ["make_envs", "make_single_env"]
 
 _log = logging.getLogger(__name__)
 
-AUTO_BACKEND = "gymnasium"  # what `backend: auto` means
-
 
 def make_envs(
     config: EnvConfig,
@@ -33,6 +31,8 @@ def make_envs(
 ) -> BatchEnv:
     """Environments stepped side by side on the backend that `config.backend` names.
 
+    `auto` is `mujoco` for the tasks that it knows and `gymnasium` for all others: the numbers are the same.
+
     Args:
         config: The environment and how to run it. `config.num_envs` plays no part: a process may have a share of them.
         seeds: One per environment, given to its first reset. At least one.
@@ -42,7 +42,7 @@ def make_envs(
     Raises:
         EnvError: The environment cannot be built or is not supported.
     """
-    backend = AUTO_BACKEND if config.backend == "auto" else config.backend
+    backend = config.backend
     if backend == "gymnasium-async":
         from trpo.envs.workers import WorkerEnvs
 
@@ -58,5 +58,13 @@ def make_envs(
 
         return TorchEnvs(config, seeds, device=device or torch.device("cpu"))
     from trpo.envs.gymnasium import GymnasiumEnvs
+    from trpo.envs.mujoco import DifferentNumbers, MujocoEnvs, knows
 
+    if backend == "mujoco" or (backend == "auto" and knows(config)):
+        try:
+            return MujocoEnvs(config, seeds, on_warning=on_warning)
+        except DifferentNumbers as error:
+            if backend == "mujoco":
+                raise
+            on_warning(f"{error}, which it is now")
     return GymnasiumEnvs(config, seeds, on_warning=on_warning)

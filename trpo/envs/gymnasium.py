@@ -58,7 +58,7 @@ class GymnasiumEnvs:
         self, config: EnvConfig, seeds: Sequence[int], *, on_warning: Callable[[str], None] = lambda _: None
     ) -> None:
         self._on_warning = on_warning
-        self._shard = EnvShard(config, seeds)
+        self._shard = self._shard_of(config, seeds)
         spaces = self._shard.spaces
         self.num_envs = len(seeds)
         self.device = torch.device("cpu")
@@ -69,6 +69,9 @@ class GymnasiumEnvs:
         self._shard.attach(self._buffers)
         self._step = as_step(self._buffers)
         self.exact_resume = True
+
+    def _shard_of(self, config: EnvConfig, seeds: Sequence[int]) -> EnvShard:
+        return EnvShard(config, seeds)
 
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""

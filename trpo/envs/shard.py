@@ -119,7 +119,7 @@ class EnvShard:
         self._fresh_each_episode = needs_fresh_environment(self._envs[0])
         self._logs = [EpisodeLog(self._encoding) for _ in seeds]
         self._episode_steps = np.zeros(len(seeds), np.int64)
-        self._cut_after = [NEVER for _ in seeds]  # steps of the running episode
+        self._cut_after = np.full(len(seeds), NEVER)  # steps of the running episodes
 
     def _common_spaces(self) -> EnvSpaces:
         found = [_spaces_of(env) for env in self._envs]
@@ -141,9 +141,23 @@ class EnvShard:
 
     def step(self) -> None:
         """Takes the actions in the buffers and writes everything else in them; rows that are not `valid` stay."""
-        buffers, i = self._buffers, 0
+        buffers = self._buffers
         self._episode_steps += buffers.valid
         buffers.success[:] = np.nan
+        self._act()
+        self._check_finite(buffers.reward, "a reward")
+        self._check_finite(buffers.next_obs, "an observation")
+        done = buffers.terminated | buffers.truncated
+        np.copyto(buffers.reset_obs, buffers.next_obs, where=(buffers.valid & ~done)[:, None])
+        if done.any():
+            for i in np.flatnonzero(done & buffers.valid).tolist():
+                self._begin(i)
+            self._check_finite(buffers.reset_obs, "a first observation of its next episode")
+            self._episode_steps[done] = 0
+
+    def _act(self) -> None:
+        """Steps the environments of valid rows, and writes what they return."""
+        buffers, i = self._buffers, 0
         try:
             for i, env in enumerate(self._envs):
                 if not buffers.valid[i]:
@@ -157,18 +171,10 @@ class EnvShard:
                 buffers.terminated[i], buffers.truncated[i] = terminated, truncated
                 if terminated or truncated:
                     buffers.success[i] = success_of(info)
-                    self._begin(i)
         except EnvError:
             raise
         except Exception as error:
             raise EnvError(f"{self._where(i)} raised {told(error)}") from error
-        self._check_finite(buffers.reward, "a reward")
-        self._check_finite(buffers.next_obs, "an observation")
-        done = buffers.terminated | buffers.truncated
-        np.copyto(buffers.reset_obs, buffers.next_obs, where=(buffers.valid & ~done)[:, None])
-        if done.any():
-            self._check_finite(buffers.reset_obs, "a first observation of its next episode")
-            self._episode_steps[done] = 0
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What `load_state_dict` needs, one entry per environment."""
@@ -195,6 +201,7 @@ class EnvShard:
             self._episode_steps[i] = len(state["actions"])
             self._seeds[i] = None
             self._cut_after[i] = self._first_length(i)
+            self._entered(i)
         self._buffers.valid[:] = True
         return None
 
@@ -222,6 +229,10 @@ class EnvShard:
         self._seeds[i] = None
         self._cut_after[i] = self._first_length(i)
         self._write_obs(self._buffers.reset_obs, i, obs)
+        self._entered(i)
+
+    def _entered(self, i: int) -> None:
+        """Environment i has come by itself, not by a step of this shard, to where the next step starts."""
 
     def _first_length(self, i: int) -> int:
         """After how many steps the running episode of environment i is cut, if it is its first: that has a seed."""

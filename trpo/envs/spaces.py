@@ -106,10 +106,10 @@ class ActionEncoding:
                 f"the action for environment {index} is not finite ({action[index].tolist()}): the policy diverged; "
                 "lower natural_gradient.max_kl or check the reward and observation scales"
             )
-        if self.low is not None:
+        if self.low is not None and self.high is not None:
             # An integer Box rounds: a cast alone would make its top value almost unreachable.
-            clipped = np.clip(action, self.low, self.high)
-            return (clipped if self.dtype.kind == "f" else np.rint(clipped)).astype(self.dtype)
+            clipped = np.minimum(np.maximum(action, self.low), self.high)  # what np.clip does, in half the time
+            return (clipped if self.dtype.kind == "f" else np.rint(clipped)).astype(self.dtype, copy=False)
         return action.astype(self.dtype) if self.start is None else (action + self.start).astype(self.dtype)
 
     def single(self, row: Array) -> Any:

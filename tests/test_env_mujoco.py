@@ -1,0 +1,256 @@
+"""MuJoCo's tasks stepped as a batch: the oracle is the backend `gymnasium`, which steps Gymnasium's own classes.
+
+Every comparison is of bits, without tolerance: MuJoCo's batch promises those of a loop, and what is computed of the
+states does the operations of Gymnasium's classes in their order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from commands import config_for
+
+from trpo.config import EnvConfig, WrapperConfig
+from trpo.envs import make_envs
+from trpo.envs.contract import BatchEnv
+from trpo.envs.mujoco import MujocoEnvs, MujocoShard, knows
+from trpo.envs.mujoco_tasks import TASKS
+from trpo.errors import EnvError
+from trpo.trainer import Trainer
+
+pytest.importorskip("mujoco.batch", reason="MuJoCo before 4.0 has no batch")
+
+SEEDS = [11, 7, 2**31 + 5]
+IDS = [name for name, spec in gymnasium.registry.items() if spec.entry_point in TASKS]
+FIELDS = ("next_obs", "reset_obs", "reward", "terminated", "truncated", "valid", "success")
+OTHERWISE = [
+    ("Ant-v5", {"include_cfrc_ext_in_observation": False, "main_body": "front_left_leg"}),
+    ("Ant-v5", {"healthy_z_range": (0.5, 0.8), "contact_force_range": (-0.1, 0.2), "contact_cost_weight": 0.1}),
+    ("Ant-v5", {"terminate_when_unhealthy": False, "exclude_current_positions_from_observation": False}),
+    ("HalfCheetah-v5", {"forward_reward_weight": 2, "exclude_current_positions_from_observation": False}),
+    ("HalfCheetah-v5", {"max_episode_steps": 30, "reset_noise_scale": 0.3}),
+    ("Hopper-v5", {"terminate_when_unhealthy": False, "healthy_reward": 3}),
+    ("Hopper-v5", {"healthy_state_range": (-2.0, 2.0)}),
+    ("Walker2d-v5", {"healthy_angle_range": (-0.1, 0.3), "ctrl_cost_weight": 0.7}),
+    ("Humanoid-v5", {"include_cinert_in_observation": False, "include_cfrc_ext_in_observation": False}),
+    ("Humanoid-v5", {"contact_cost_weight": 1e-3, "contact_cost_range": (1.0, 5.0)}),
+    ("HumanoidStandup-v5", {"include_cvel_in_observation": False, "include_qfrc_actuator_in_observation": False}),
+    ("InvertedDoublePendulum-v5", {"healthy_reward": 2.5}),
+    ("Pusher-v5", {"reward_near_weight": 0.3, "reward_control_weight": 0.7}),
+    ("Reacher-v5", {"reward_dist_weight": 3, "reward_control_weight": 0.1}),
+    ("Swimmer-v5", {"exclude_current_positions_from_observation": False}),
+]
+
+
+def make(env_id: str, backend: str = "mujoco", *, seeds: list[int] = SEEDS, workers: int = 1, **settings: Any) -> Any:
+    return make_envs(EnvConfig(id=env_id, backend=backend, workers=workers, **settings), seeds)
+
+
+def actions(envs: BatchEnv, steps: int, seed: int = 0) -> torch.Tensor:
+    """[T, N, A], beyond the bounds too."""
+    space: Any = envs.single_action_space
+    rows = np.random.default_rng(seed).uniform(1.5 * space.low, 1.5 * space.high, (steps, envs.num_envs, *space.shape))
+    return torch.from_numpy(rows.astype(np.float32))
+
+
+def assert_same_steps(ours: BatchEnv, theirs: BatchEnv, steps: int, seed: int = 0) -> int:
+    """Both go on alike; returns how many episodes ended."""
+    ends = 0
+    for t, action in enumerate(actions(theirs, steps, seed)):
+        step, expected = ours.step(action), theirs.step(action)
+        for name in FIELDS:
+            given, right = getattr(step, name).numpy(), getattr(expected, name).numpy()
+            assert given.tobytes() == right.tobytes(), f"{name}, step {t}"
+        ends += int((expected.terminated | expected.truncated).sum())
+    return ends
+
+
+class TestTheSameBits:
+    @pytest.mark.parametrize("workers", [1, 3])
+    @pytest.mark.parametrize("env_id", IDS)
+    def test_every_task(self, env_id: str, workers: int) -> None:
+        ours, theirs = make(env_id, workers=workers), make(env_id, "gymnasium")
+        assert ours.single_observation_space == theirs.single_observation_space
+        assert torch.equal(ours.reset(), theirs.reset())
+        longest = gymnasium.spec(env_id).max_episode_steps or 0
+        # Staggered first episodes, then later ones, which no seed begins.
+        assert assert_same_steps(ours, theirs, min(longest, 400) + 20) > 0
+
+    @pytest.mark.parametrize(("env_id", "kwargs"), OTHERWISE)
+    def test_with_other_settings(self, env_id: str, kwargs: dict[str, Any]) -> None:
+        ours, theirs = make(env_id, kwargs=kwargs), make(env_id, "gymnasium", kwargs=kwargs)
+        assert torch.equal(ours.reset(), theirs.reset())
+        assert_same_steps(ours, theirs, 150)
+
+    def test_whole_episodes_of_a_thousand_steps(self) -> None:
+        ours, theirs = make("HalfCheetah-v5", stagger=False), make("HalfCheetah-v5", "gymnasium", stagger=False)
+        assert torch.equal(ours.reset(), theirs.reset())
+        assert assert_same_steps(ours, theirs, 1010) == len(SEEDS)
+
+    def test_a_simulation_that_diverges(self, capfd: pytest.CaptureFixture[str]) -> None:
+        """MuJoCo resets it in the middle of a step."""
+        ours, theirs = make("Hopper-v5"), make("Hopper-v5", "gymnasium")
+        assert torch.equal(ours.reset(), theirs.reset())
+        theirs._shard._envs[1].unwrapped.data.qvel[:] = 1e30
+        ours._shard._simulations._data.qvel[1] = 1e30
+        assert_same_steps(ours, theirs, 30)
+
+    def test_a_run_is_the_same_with_either(self, tmp_path: Path) -> None:
+        theta = []
+        for backend in ("gymnasium", "auto"):
+            env = {"id": "Hopper-v5", "num_envs": 4, "backend": backend, "workers": 2}
+            config = config_for(env=env, total_steps=512, batch_size=128, name=backend)
+            trainer = Trainer(config, root=tmp_path)
+            trainer.train()
+            theta.append(trainer.agent.policy.theta.vector)
+        assert torch.equal(*theta)
+
+
+class TestExactResume:
+    @pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5", "Reacher-v5"])
+    @pytest.mark.parametrize(
+        ("before", "after"), [("mujoco", "mujoco"), ("mujoco", "gymnasium"), ("gymnasium", "mujoco")]
+    )
+    def test_goes_on_to_the_bit_in_any_backend(self, env_id: str, before: str, after: str) -> None:
+        undisturbed = make(env_id, before)
+        undisturbed.reset()
+        for action in actions(undisturbed, 130):
+            undisturbed.step(action)
+        restored = make(env_id, after, seeds=[1, 2, 3])
+        assert torch.equal(restored.load_state_dict(undisturbed.state_dict()), undisturbed._step.reset_obs)
+        assert restored.exact_resume
+        assert_same_steps(restored, undisturbed, 100, seed=1)
+
+    def test_what_cannot_be_replayed_begins_new_episodes(self) -> None:
+        envs = make("Hopper-v5")
+        envs.reset()
+        for action in actions(envs, 5):
+            envs.step(action)
+        state = envs.state_dict()
+        state["envs"][0]["obs"] += 1
+        first, second = make("Hopper-v5"), make("Hopper-v5", "gymnasium")
+        assert torch.equal(first.load_state_dict(state), second.load_state_dict(state))
+        assert not first.exact_resume
+        assert_same_steps(first, second, 50)
+
+
+class TestWhereItApplies:
+    @pytest.mark.parametrize("env_id", IDS)
+    def test_auto_takes_it(self, env_id: str) -> None:
+        assert type(make(env_id, "auto")) is MujocoEnvs
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"id": "Hopper-v4"},
+            {"id": "Pendulum-v1"},
+            {"id": "Hopper-v5", "wrappers": (WrapperConfig(name="gymnasium.wrappers:ClipAction"),)},
+            {"id": "Hopper-v5", "kwargs": {"render_mode": "rgb_array"}},
+        ],
+        ids=str,
+    )
+    def test_auto_takes_gymnasium_for_the_rest(self, settings: dict[str, Any]) -> None:
+        assert not knows(EnvConfig(**settings))
+
+    def test_a_task_registered_under_another_name_is_the_same_task(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+        entry_point = gymnasium.spec("Hopper-v5").entry_point
+        gymnasium.register("Hop-v0", entry_point, kwargs={"healthy_reward": 2.0}, max_episode_steps=20)
+        ours, theirs = make("Hop-v0"), make("Hop-v0", "gymnasium")
+        assert torch.equal(ours.reset(), theirs.reset())
+        assert assert_same_steps(ours, theirs, 100) > 0
+
+    def test_a_subclass_is_another_task(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+        hopper: Any = importlib.import_module("gymnasium.envs.mujoco.hopper_v5").HopperEnv
+        gymnasium.register("Hop-v0", type("Hop", (hopper,), {}))
+        assert type(make("Hop-v0", "auto")) is not MujocoEnvs
+        with pytest.raises(EnvError, match="backend mujoco has no 'Hop-v0'"):
+            make("Hop-v0")
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"id": "Pendulum-v1"},
+                r"backend mujoco has no 'Pendulum-v1', only .*Hopper-v5.*; otherwise set env\.backend",
+            ),
+            (
+                {"id": "Hopper-v5", "wrappers": (WrapperConfig(name="gymnasium.wrappers:ClipAction"),)},
+                "Hopper-v5 is wrapped in ClipAction: backend mujoco takes no wrapper; set env.backend to gymnasium",
+            ),
+            ({"id": "Hopper-v5", "kwargs": {"render_mode": "rgb_array"}}, "remove render_mode, or set env.backend"),
+        ],
+        ids=str,
+    )
+    def test_what_it_cannot_do_is_named(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(EnvError, match=message):
+            make_envs(EnvConfig(backend="mujoco", **settings), SEEDS)
+
+    def test_mujoco_without_a_batch_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "mujoco.batch", None)
+        with pytest.raises(
+            EnvError, match=r"needs MuJoCo 4\.0, this is .*: pip install -U mujoco, or set env\.backend"
+        ):
+            make("Hopper-v5")
+
+    @pytest.mark.parametrize("change", ["reward", "observation", "end", "weight"])
+    def test_a_gymnasium_that_computes_something_else_is_noticed(
+        self, change: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its next version may; then the numbers are Gymnasium's, not those remembered here."""
+        kind = importlib.import_module("gymnasium.envs.mujoco.hopper_v5").HopperEnv
+        step, observe, init = kind.step, kind._get_obs, kind.__init__
+
+        def rewarded_otherwise(self: Any, action: Any) -> Any:
+            obs, reward, *rest = step(self, action)
+            return obs, reward * (1 + 1e-15), *rest
+
+        def ending_otherwise(self: Any, action: Any) -> Any:
+            obs, reward, _, *rest = step(self, action)
+            return obs, reward, True, *rest
+
+        def without_a_weight(self: Any, **kwargs: Any) -> None:
+            init(self, **kwargs)
+            del self._forward_reward_weight
+
+        if change == "observation":
+            monkeypatch.setattr(kind, "_get_obs", lambda self: observe(self) * (1 + 1e-15))
+        elif change == "weight":
+            monkeypatch.setattr(kind, "__init__", without_a_weight)
+            monkeypatch.setattr(kind, "_get_rew", lambda self, velocity, action: (velocity, {}))
+        else:
+            monkeypatch.setattr(kind, "step", rewarded_otherwise if change == "reward" else ending_otherwise)
+        with pytest.raises(EnvError, match=r"^Hopper-v5 of Gymnasium .*; set env\.backend to gymnasium$"):
+            make("Hopper-v5")
+        warnings: list[str] = []
+        envs = make_envs(EnvConfig(id="Hopper-v5"), SEEDS, on_warning=warnings.append)
+        assert type(envs) is not MujocoEnvs
+        assert len(warnings) == 1 and warnings[0].endswith("set env.backend to gymnasium, which it is now")
+
+    def test_what_mujoco_raises_is_named_with_its_environment(self) -> None:
+        envs = make("Hopper-v5", stagger=False)
+        envs.reset()
+        batch = importlib.import_module("mujoco.batch")
+
+        class Failing:
+            def step(self, **_: Any) -> None:
+                raise batch.SimulationError(np.array([1]), "out of memory", 3)
+
+        envs._shard._simulations._batch = Failing()
+        with pytest.raises(
+            EnvError, match=r"^environment 1, step 1 of its episode, raised SimulationError: .*out of memory"
+        ):
+            envs.step(torch.zeros(3, 3))
+
+    def test_threads_are_those_of_the_settings(self) -> None:
+        shard = make("Hopper-v5", workers=2)._shard
+        assert isinstance(shard, MujocoShard)
+        assert shard._simulations._batch.nthread == 2
