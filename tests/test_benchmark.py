@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from trpo.benchmark import peer_learning
 from trpo.benchmark.learning import load_results, plan, run, write_tables
 from trpo.benchmark.side_by_side import side_by_side
 from trpo.config_file import load_config
+from trpo.envs.workers import worker_count
 from trpo.errors import UserError
 from trpo.seed_statistics import interquartile_mean
 
@@ -70,6 +73,23 @@ def test_runs_are_scored_once_tabulated_and_a_broken_one_is_reported(tmp_path: P
     with (out / "scores.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [float(row["mean"]) for row in rows] == [np.mean(json.loads(first.read_text())["returns"]), rows_mean(out)]
+
+
+def test_runs_at_the_same_time_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or two of them would start a worker on every core each."""
+    shares: list[int] = []
+
+    def trains(*_: object, env: dict[str, str], **__: object) -> subprocess.CompletedProcess[bytes]:
+        with monkeypatch.context() as context:
+            context.setattr(os, "environ", env)
+            shares.append(worker_count(0, 1000))
+        return subprocess.CompletedProcess([], 1)
+
+    monkeypatch.setattr(subprocess, "run", trains)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    job = plan(["tiny"], 1, configs=tmp_path, out=tmp_path / "out", root=tmp_path / "runs")
+    run(job, parallel=10_000, episodes=1, say=lambda _: None)
+    assert shares == [1]
 
 
 def rows_mean(out: Path) -> float:

@@ -134,7 +134,8 @@ def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str
     say(f"{len(jobs)} runs, {len(done)} finished before, {len(todo)} to do, {parallel} at a time")
     failures = []
     with ThreadPoolExecutor(parallel) as pool:
-        for job, failure in zip(todo, pool.map(lambda job: _train_and_score(job, episodes), todo), strict=True):
+        outcomes = pool.map(lambda job: _train_and_score(job, episodes, parallel), todo)
+        for job, failure in zip(todo, outcomes, strict=True):
             if failure is not None:
                 failures.append(f"{job.task} seed {job.config.seed}: {failure}")
                 say(f"FAILED {failures[-1]}")
@@ -145,9 +146,9 @@ def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str
     return failures
 
 
-def _train_and_score(job: Job, episodes: int) -> str | None:
+def _train_and_score(job: Job, episodes: int, parallel: int) -> str | None:
     """One run in a process of its own; None or why it failed. Of ours a run that was cut goes on from its checkpoint;
-    one of another implementation, which has none to the bit, begins again."""
+    one of another implementation, which has none to the bit, begins again. The cores are for `parallel` of them."""
     job.root.mkdir(parents=True, exist_ok=True)
     job.result.parent.mkdir(parents=True, exist_ok=True)
     ours = job.agent == "trpo"
@@ -161,7 +162,7 @@ def _train_and_score(job: Job, episodes: int) -> str | None:
             [sys.executable, "-c", code, str(settings), str(scores), str(episodes)],
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(parallel)},
             check=False,
         ).returncode
     if status != 0:

@@ -210,7 +210,7 @@ class WorkerEnvs:
 
 
 def worker_count(requested: int, num_envs: int) -> int:
-    """Worker processes to use: those requested, or one per core left to this process; never more than environments."""
+    """Workers to use: those requested, or one per core left to this process; never more than environments."""
     if requested == 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         requested = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
