@@ -18,15 +18,19 @@ import torch
 from commands import config_for
 
 from trpo.config import EnvConfig, WrapperConfig
-from trpo.envs import make_envs
+from trpo.envs import make_envs, make_single_env
 from trpo.envs.contract import BatchEnv
-from trpo.envs.mujoco import MujocoEnvs, MujocoShard, knows
+from trpo.envs.mujoco import MujocoEnvs, MujocoShard
+from trpo.envs.mujoco_batch import knows, simulations_beside
 from trpo.envs.mujoco_tasks import TASKS
 from trpo.errors import EnvError
+from trpo.evaluation import Evaluation, evaluate
+from trpo.saved_policy import load_policy
 from trpo.trainer import Trainer
 
 pytest.importorskip("mujoco.batch", reason="MuJoCo before 4.0 has no batch")
 
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 SEEDS = [11, 7, 2**31 + 5]
 IDS = [name for name, spec in gymnasium.registry.items() if spec.entry_point in TASKS]
 FIELDS = ("next_obs", "reset_obs", "reward", "terminated", "truncated", "valid", "success")
@@ -141,6 +145,39 @@ class TestExactResume:
         assert_same_steps(first, second, 50)
 
 
+class TestEvaluation:
+    @pytest.mark.parametrize("deterministic", [True, False])
+    @pytest.mark.parametrize(("name", "limit"), [("Walker2d-v5", None), ("Ant-v5", 60), ("Reacher-v5", None)])
+    def test_scores_are_gymnasiums(self, name: str, limit: int | None, deterministic: bool) -> None:
+        saved = load_policy(PRETRAINED / name)
+        saved.policy.theta.vector.mul_(0.7)  # some walkers fall now, each at a time of its own
+        kwargs = {"max_episode_steps": limit} if limit else {}
+
+        def scores(backend: str) -> Evaluation:
+            env = EnvConfig(id=name, backend=backend, kwargs=kwargs, num_envs=3)
+            return evaluate(saved.policy, env, saved.action_space, episodes=4, seed=5, deterministic=deterministic)
+
+        assert scores("auto") == scores("gymnasium")
+
+    def test_is_of_gymnasium_where_that_is_asked_for(self) -> None:
+        env = make_single_env(EnvConfig(id="Hopper-v5"))
+        for backend, there in {"gymnasium": False, "gymnasium-async": False, "auto": True, "envpool": True}.items():
+            found = simulations_beside(EnvConfig(id="Hopper-v5", backend=backend), env, 2)
+            assert (found is not None) is there
+
+    def test_what_mujoco_raises_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        batch = importlib.import_module("mujoco.batch")
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise batch.SimulationError(np.array([1]), "out of memory", 3)
+
+        saved = load_policy(PRETRAINED / "Reacher-v5")
+        monkeypatch.setattr("trpo.envs.mujoco_batch._try_out", lambda *_: None)
+        monkeypatch.setattr(batch.Batch, "step", fail)
+        with pytest.raises(EnvError, match=r"0 steps into its episodes, raised SimulationError: .*out of memory"):
+            evaluate(saved.policy, EnvConfig(id="Reacher-v5"), saved.action_space, episodes=2, seed=0)
+
+
 class TestWhereItApplies:
     @pytest.mark.parametrize("env_id", IDS)
     def test_auto_takes_it(self, env_id: str) -> None:
@@ -241,7 +278,7 @@ class TestWhereItApplies:
         batch = importlib.import_module("mujoco.batch")
 
         class Failing:
-            def step(self, **_: Any) -> None:
+            def step(self, *_: Any, **__: Any) -> None:
                 raise batch.SimulationError(np.array([1]), "out of memory", 3)
 
         envs._shard._simulations._batch = Failing()

@@ -87,16 +87,18 @@ class Collector:
         self._success.fill_(torch.nan)
         sample = self.policy.sampler()
         parts = [*(getattr(out, field.name) for field in fields(Rollout)), self.noise, self._success]
+        obs = self.obs
         for *views, noise, success in _rows(*parts):
             row = Rollout(*views)
-            row.obs.copy_(self.obs)
-            action = sample(self.obs.to(noise.device), noise)
+            row.obs.copy_(obs)
+            action = sample(row.obs.to(noise.device), noise)
             row.action.copy_(action)
             step = self.env.step(action)
             _store(row, step)
             if step.success is not None:
                 success.copy_(step.success)
-            self.obs.copy_(step.reset_obs)
+            obs = step.reset_obs
+        self.obs.copy_(obs)
         _check_finite(out)
         return out, self._episodes(out)
 

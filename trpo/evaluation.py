@@ -1,4 +1,4 @@
-"""Policy + environment → episode returns. Always on Gymnasium's own environments, rewards unscaled."""
+"""Policy + environment → episode returns. Always of Gymnasium's own environments, rewards unscaled."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.envs import make_single_env
+from trpo.envs.mujoco_batch import Simulations, simulations_beside
 from trpo.envs.single import success_of, told
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
@@ -173,23 +174,29 @@ def _side_by_side(
         _check_spaces(policy, first, action_space)
         with VideoWriter(video, first) as frames:
             episodes = {row: _Episode(env, seeds[row], max_episode_steps) for row, env in envs.items()}
-            return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames)
+            looked_at = render or video is not None
+            simulations = None if looked_at else simulations_beside(env_config, first, len(envs))
+            together = _Together(simulations, envs) if simulations else None
+            return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames, together)
     finally:
         for env in envs.values():
             env.close()
 
 
-def _run(actor: _Actor, episodes: dict[int, _Episode], frames: VideoWriter) -> Evaluation:
+def _run(actor: _Actor, episodes: dict[int, _Episode], frames: VideoWriter, together: _Together | None) -> Evaluation:
     rows = torch.zeros(SIDE_BY_SIDE, actor.obs_dim, dtype=torch.float64)
     obs = rows.numpy()
     for row, episode in episodes.items():
         obs[row] = episode.reset()
+        if together:
+            together.enter(row, episode.env)
     frames.capture()
     running = list(episodes)
     while running:
         actions = actor(rows, running)
+        taken = together.step(actions) if together else {}
         for row in running:
-            obs[row] = episodes[row].step(actions[row])
+            obs[row] = episodes[row].step(actions[row], taken.get(row))
             if row == 0:
                 frames.capture()
         running = [row for row in running if not episodes[row].over]
@@ -200,6 +207,43 @@ def _run(actor: _Actor, episodes: dict[int, _Episode], frames: VideoWriter) -> E
         [episode.success for episode in done if not math.isnan(episode.success)],
         sum(episode.cut for episode in done),
     )
+
+
+_Outcome = tuple[Any, Any, Any, Any, dict[str, Any]]  # what an environment's `step` returns
+
+
+class _Together:
+    """Takes the steps of all episodes at once, with the same numbers as one after the other."""
+
+    def __init__(self, simulations: Simulations, envs: dict[int, gymnasium.Env[Any, Any]]):
+        spaces = next(iter(envs.values()))
+        shapes: tuple[Any, Any] = spaces.action_space.shape, spaces.observation_space.shape
+        self._simulations = simulations
+        self._number = {row: i for i, row in enumerate(envs)}
+        self._action = np.zeros((len(envs), *shapes[0]), spaces.action_space.dtype)
+        self._obs = np.zeros((len(envs), *shapes[1]))
+        self._reward = np.zeros(len(envs))
+        self._terminated = np.zeros(len(envs), bool)
+        self._steps = 0
+
+    def enter(self, row: int, env: gymnasium.Env[Any, Any]) -> None:
+        """The episode of `row` has begun in `env`."""
+        self._simulations.enter(self._number[row], env)
+
+    def step(self, actions: dict[int, Any]) -> dict[int, _Outcome]:
+        """What each environment would return for its action."""
+        numbers = [self._number[row] for row in actions]
+        self._action[numbers] = list(actions.values())
+        try:
+            self._simulations.step(self._action, self._obs, self._reward, self._terminated, only=np.array(numbers))
+        except RuntimeError as error:
+            raise EnvError(f"the environment, {self._steps} steps into its episodes, raised {told(error)}") from error
+        self._steps += 1
+        truncated = self._steps >= self._simulations.time_limit
+        return {
+            row: (self._obs[i], self._reward[i], self._terminated[i], truncated, {})
+            for row, i in zip(actions, numbers, strict=True)
+        }
 
 
 class _Episode:
@@ -222,10 +266,10 @@ class _Episode:
             obs, _ = self.env.reset(seed=self.seed)
         return self._checked("observation", obs)
 
-    def step(self, action: Any) -> Any:
-        """Next observation [D]."""
+    def step(self, action: Any, taken: _Outcome | None = None) -> Any:
+        """Next observation [D]; `taken`: of the step, if it has been taken elsewhere."""
         with self._raising_one_kind():
-            obs, reward, terminated, truncated, info = self.env.step(action)
+            obs, reward, terminated, truncated, info = taken or self.env.step(action)
         self.length += 1
         self.total += float(self._checked("reward", reward))
         ended = bool(terminated or truncated)

@@ -58,7 +58,8 @@ def make_envs(
 
         return TorchEnvs(config, seeds, device=device or torch.device("cpu"))
     from trpo.envs.gymnasium import GymnasiumEnvs
-    from trpo.envs.mujoco import DifferentNumbers, MujocoEnvs, knows
+    from trpo.envs.mujoco import MujocoEnvs
+    from trpo.envs.mujoco_batch import DifferentNumbers, knows
 
     if backend == "mujoco" or (backend == "auto" and knows(config)):
         try:

@@ -1,8 +1,8 @@
 """Observation, reward and end of Gymnasium's MuJoCo tasks (v5), each for all simulations at once.
 
-The simulations are stepped by MuJoCo itself (`mujoco.py`); what Gymnasium's classes then compute of each in Python is
-written here once more, over rows. The weights and ranges are read from an environment that Gymnasium built, and every
-operation is the one Gymnasium does, in its order and its dtypes, so that the numbers are the same to the bit.
+The simulations are stepped by MuJoCo itself (`mujoco_batch.py`); what Gymnasium's classes then compute of each in
+Python is written here once more, over rows. The weights and ranges are read from an environment that Gymnasium built,
+and every operation is the one Gymnasium does, in its order and its dtypes: so the numbers are the same to the bit.
 """
 
 from __future__ import annotations
