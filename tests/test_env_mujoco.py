@@ -7,21 +7,25 @@ states does the operations of Gymnasium's classes in their order.
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from commands import config_for
+from gymnasium.envs.registration import WrapperSpec
 
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs import make_envs, make_single_env
 from trpo.envs.contract import BatchEnv
-from trpo.envs.mujoco import MujocoEnvs, MujocoShard
-from trpo.envs.mujoco_batch import knows, simulations_beside
+from trpo.envs.mujoco_batch import simulations_beside
 from trpo.envs.mujoco_tasks import TASKS
 from trpo.errors import EnvError
 from trpo.evaluation import Evaluation, evaluate
@@ -42,6 +46,8 @@ OTHERWISE = [
     ("HalfCheetah-v5", {"max_episode_steps": 30, "reset_noise_scale": 0.3}),
     ("Hopper-v5", {"terminate_when_unhealthy": False, "healthy_reward": 3}),
     ("Hopper-v5", {"healthy_state_range": (-2.0, 2.0)}),
+    ("Hopper-v5", {"healthy_state_range": ([-1.0] * 10, [0.5] * 10)}),
+    ("Hopper-v5", {"terminate_when_unhealthy": 2}),
     ("Walker2d-v5", {"healthy_angle_range": (-0.1, 0.3), "ctrl_cost_weight": 0.7}),
     ("Humanoid-v5", {"include_cinert_in_observation": False, "include_cfrc_ext_in_observation": False}),
     ("Humanoid-v5", {"contact_cost_weight": 1e-3, "contact_cost_range": (1.0, 5.0)}),
@@ -55,6 +61,11 @@ OTHERWISE = [
 
 def make(env_id: str, backend: str = "mujoco", *, seeds: list[int] = SEEDS, workers: int = 1, **settings: Any) -> Any:
     return make_envs(EnvConfig(id=env_id, backend=backend, workers=workers, **settings), seeds)
+
+
+def together(envs: Any) -> bool:
+    """Whether they are stepped together."""
+    return getattr(envs._shard, "_simulations", None) is not None
 
 
 def actions(envs: BatchEnv, steps: int, seed: int = 0) -> torch.Tensor:
@@ -98,9 +109,17 @@ class TestTheSameBits:
         assert torch.equal(ours.reset(), theirs.reset())
         assert assert_same_steps(ours, theirs, 1010) == len(SEEDS)
 
-    def test_a_simulation_that_diverges(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_many_rewards_by_powers(self) -> None:
+        """Of a thousand numbers one has another square as a power of a number than as one of an array."""
+        seeds = list(range(32))
+        ours, theirs = (make("InvertedDoublePendulum-v5", backend, seeds=seeds) for backend in ("mujoco", "gymnasium"))
+        assert torch.equal(ours.reset(), theirs.reset())
+        assert_same_steps(ours, theirs, 500, seed=1)
+
+    @pytest.mark.parametrize(("env_id", "workers"), [("Hopper-v5", 1), ("Ant-v5", 3)])
+    def test_a_simulation_that_diverges(self, env_id: str, workers: int) -> None:
         """MuJoCo resets it in the middle of a step."""
-        ours, theirs = make("Hopper-v5"), make("Hopper-v5", "gymnasium")
+        ours, theirs = make(env_id, workers=workers), make(env_id, "gymnasium")
         assert torch.equal(ours.reset(), theirs.reset())
         theirs._shard._envs[1].unwrapped.data.qvel[:] = 1e30
         ours._shard._simulations._data.qvel[1] = 1e30
@@ -165,6 +184,30 @@ class TestEvaluation:
             found = simulations_beside(EnvConfig(id="Hopper-v5", backend=backend), env, 2)
             assert (found is not None) is there
 
+    @pytest.mark.parametrize("look", ["video", "render"])
+    def test_what_is_looked_at_is_stepped_by_gymnasium(
+        self, look: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else its own data, which is what is drawn, would stand still."""
+        steps = 0
+        kind = importlib.import_module("gymnasium.envs.mujoco.reacher_v5").ReacherEnv
+        step = kind.step
+
+        def counted(self: Any, action: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            return step(self, action)
+
+        monkeypatch.setattr(kind, "step", counted)
+        for name in ("check_recordable", "check_showable", "VideoWriter"):
+            monkeypatch.setattr(f"trpo.evaluation.{name}", MagicMock())
+        monkeypatch.setattr(kind, "render", lambda self: None)
+        saved = load_policy(PRETRAINED / "Reacher-v5")
+        looked_at: dict[str, Any] = {"video": tmp_path / "reacher.mp4"} if look == "video" else {"render": True}
+        env = EnvConfig(id="Reacher-v5")
+        evaluate(saved.policy, env, saved.action_space, episodes=2, seed=0, **looked_at)
+        assert steps == 2 * 50
+
     def test_what_mujoco_raises_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         batch = importlib.import_module("mujoco.batch")
 
@@ -179,9 +222,11 @@ class TestEvaluation:
 
 
 class TestWhereItApplies:
+    @pytest.mark.filterwarnings("ignore:.*latest versioned environment")
     @pytest.mark.parametrize("env_id", IDS)
     def test_auto_takes_it(self, env_id: str) -> None:
-        assert type(make(env_id, "auto")) is MujocoEnvs
+        assert together(make(env_id, "auto"))
+        assert together(make(env_id.removesuffix("-v5"), "auto"))  # the newest version
 
     @pytest.mark.parametrize(
         "settings",
@@ -193,8 +238,13 @@ class TestWhereItApplies:
         ],
         ids=str,
     )
+    @pytest.mark.filterwarnings("ignore:.*out of date")
     def test_auto_takes_gymnasium_for_the_rest(self, settings: dict[str, Any]) -> None:
-        assert not knows(EnvConfig(**settings))
+        warnings: list[str] = []
+        envs: Any = make_envs(EnvConfig(**settings), SEEDS, on_warning=warnings.append)
+        assert not together(envs) and not warnings
+        envs.reset()
+        envs.step(torch.zeros(len(SEEDS), *envs.single_action_space.shape))
 
     def test_a_task_registered_under_another_name_is_the_same_task(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
@@ -208,7 +258,7 @@ class TestWhereItApplies:
         monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
         hopper: Any = importlib.import_module("gymnasium.envs.mujoco.hopper_v5").HopperEnv
         gymnasium.register("Hop-v0", type("Hop", (hopper,), {}))
-        assert type(make("Hop-v0", "auto")) is not MujocoEnvs
+        assert not together(make("Hop-v0", "auto"))
         with pytest.raises(EnvError, match="backend mujoco has no 'Hop-v0'"):
             make("Hop-v0")
 
@@ -223,7 +273,7 @@ class TestWhereItApplies:
                 {"id": "Hopper-v5", "wrappers": (WrapperConfig(name="gymnasium.wrappers:ClipAction"),)},
                 "Hopper-v5 is wrapped in ClipAction: backend mujoco takes no wrapper; set env.backend to gymnasium",
             ),
-            ({"id": "Hopper-v5", "kwargs": {"render_mode": "rgb_array"}}, "remove render_mode, or set env.backend"),
+            ({"id": "Hopper-v5", "kwargs": {"render_mode": "rgb_array"}}, "Hopper-v5 has render_mode 'rgb_array', and"),
         ],
         ids=str,
     )
@@ -234,7 +284,7 @@ class TestWhereItApplies:
     def test_mujoco_without_a_batch_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "mujoco.batch", None)
         with pytest.raises(
-            EnvError, match=r"needs MuJoCo 4\.0, this is .*: pip install -U mujoco, or set env\.backend"
+            EnvError, match=r"needs mujoco\.batch, of MuJoCo 4\.0; this is .*: pip install -U mujoco, or set"
         ):
             make("Hopper-v5")
 
@@ -269,7 +319,7 @@ class TestWhereItApplies:
             make("Hopper-v5")
         warnings: list[str] = []
         envs = make_envs(EnvConfig(id="Hopper-v5"), SEEDS, on_warning=warnings.append)
-        assert type(envs) is not MujocoEnvs
+        assert not together(envs)
         assert len(warnings) == 1 and warnings[0].endswith("set env.backend to gymnasium, which it is now")
 
     def test_what_mujoco_raises_is_named_with_its_environment(self) -> None:
@@ -287,7 +337,61 @@ class TestWhereItApplies:
         ):
             envs.step(torch.zeros(3, 3))
 
+    def test_two_time_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+        limit = WrapperSpec("TimeLimit", "gymnasium.wrappers:TimeLimit", {"max_episode_steps": 7})
+        entry_point = gymnasium.spec("Reacher-v5").entry_point
+        gymnasium.register("Reach-v0", entry_point, max_episode_steps=9, additional_wrappers=(limit,))
+        ours, theirs = make("Reach-v0", stagger=False), make("Reach-v0", "gymnasium", stagger=False)
+        assert torch.equal(ours.reset(), theirs.reset())
+        assert assert_same_steps(ours, theirs, 20) == 2 * len(SEEDS)
+
+    @pytest.mark.parametrize("registered", ["wrapped", "drawn"])
+    def test_auto_looks_at_the_environment_and_not_at_its_name(
+        self, registered: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+        entry_point = gymnasium.spec("Reacher-v5").entry_point
+        clip = WrapperSpec("ClipReward", "gymnasium.wrappers:ClipReward", {"max_reward": 0.0})
+        more: dict[str, Any] = {"additional_wrappers": (clip,)} if registered == "wrapped" else {}
+        gymnasium.register("Reach-v0", entry_point, kwargs={} if more else {"render_mode": "rgb_array"}, **more)
+        assert not together(make("Reach-v0", "auto"))
+        saved = load_policy(PRETRAINED / "Reacher-v5")
+        env = EnvConfig(id="Reach-v0")
+        evaluate(saved.policy, env, saved.action_space, episodes=2, seed=0, max_episode_steps=3)
+
+    def test_a_fork_says_that_the_threads_are_not_its_own(self) -> None:
+        """And ends: freeing the batch there would wait for its threads for ever."""
+        program = """
+            import os, sys, torch
+            from trpo.config import EnvConfig
+            from trpo.envs import make_envs
+            envs = make_envs(EnvConfig(id="Reacher-v5", backend="mujoco", workers=2), [0, 1])
+            envs.reset()
+            if os.fork() == 0:
+                try:
+                    envs.step(torch.zeros(2, 2))
+                except Exception as error:
+                    print(error)
+                del envs
+            else:
+                os.wait()
+                envs.step(torch.zeros(2, 2))
+                print("stepped")
+            """
+        command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+        assert told[0].startswith("the threads of these environments are those of another process: make them here")
+        assert told[-1] == "stepped"
+
+    def test_closed_it_has_no_threads(self) -> None:
+        envs = make("Reacher-v5", workers=3)
+        envs.reset()
+        before = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 0
+        envs.close()
+        after = len(os.listdir("/proc/self/task")) if before else 0
+        assert after == before - 2 if before else True
+
     def test_threads_are_those_of_the_settings(self) -> None:
         shard = make("Hopper-v5", workers=2)._shard
-        assert isinstance(shard, MujocoShard)
         assert shard._simulations._batch.nthread == 2

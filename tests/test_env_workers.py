@@ -19,7 +19,8 @@ import torch
 
 from trpo.config import EnvConfig
 from trpo.envs import make_envs
-from trpo.envs.workers import WorkerEnvs, restart_seed, worker_count
+from trpo.envs.cores import worker_count
+from trpo.envs.workers import WorkerEnvs, restart_seed
 from trpo.errors import EnvError
 
 SEEDS = [20, 21, 22, 23]
@@ -82,6 +83,29 @@ class TestWorkers:
     def test_processes_of_one_machine_share_its_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
         assert worker_count(0, 4) == 1
+
+    @pytest.mark.parametrize(
+        ("files", "workers"),
+        [
+            ({"cpu.max": "150000 100000\n"}, 2),
+            ({"cpu.max": "max 100000\n"}, 8),
+            ({"cpu.max": "10000 100000\n"}, 1),
+            ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+            ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+            ({}, 8),
+        ],
+        ids=str,
+    )
+    def test_a_container_may_have_less_time_than_cores(
+        self, files: dict[str, str], workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr("trpo.envs.cores._CGROUP", tmp_path)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        assert worker_count(0, 1000) == workers
 
     def test_an_id_registered_in_this_process_only(self) -> None:
         gymnasium.register("Elsewhere-v0", entry_point="faulty_envs:Counting")

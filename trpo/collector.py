@@ -88,17 +88,19 @@ class Collector:
         sample = self.policy.sampler()
         parts = [*(getattr(out, field.name) for field in fields(Rollout)), self.noise, self._success]
         obs = self.obs
-        for *views, noise, success in _rows(*parts):
-            row = Rollout(*views)
-            row.obs.copy_(obs)
-            action = sample(row.obs.to(noise.device), noise)
-            row.action.copy_(action)
-            step = self.env.step(action)
-            _store(row, step)
-            if step.success is not None:
-                success.copy_(step.success)
-            obs = step.reset_obs
-        self.obs.copy_(obs)
+        try:
+            for *views, noise, success in _rows(*parts):
+                row = Rollout(*views)
+                row.obs.copy_(obs)
+                action = sample(row.obs.to(noise.device), noise)
+                row.action.copy_(action)
+                step = self.env.step(action)
+                _store(row, step)
+                if step.success is not None:
+                    success.copy_(step.success)
+                obs = step.reset_obs
+        finally:  # also where the environments are when somebody interrupts, and perhaps goes on
+            self.obs.copy_(obs)
         _check_finite(out)
         return out, self._episodes(out)
 

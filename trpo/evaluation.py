@@ -174,8 +174,7 @@ def _side_by_side(
         _check_spaces(policy, first, action_space)
         with VideoWriter(video, first) as frames:
             episodes = {row: _Episode(env, seeds[row], max_episode_steps) for row, env in envs.items()}
-            looked_at = render or video is not None
-            simulations = None if looked_at else simulations_beside(env_config, first, len(envs))
+            simulations = simulations_beside(env_config, first, len(envs))
             together = _Together(simulations, envs) if simulations else None
             return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames, together)
     finally:
@@ -194,9 +193,9 @@ def _run(actor: _Actor, episodes: dict[int, _Episode], frames: VideoWriter, toge
     running = list(episodes)
     while running:
         actions = actor(rows, running)
-        taken = together.step(actions) if together else {}
+        outcomes = together.step(actions) if together else {}
         for row in running:
-            obs[row] = episodes[row].step(actions[row], taken.get(row))
+            obs[row] = episodes[row].step(actions[row], outcomes.get(row))
             if row == 0:
                 frames.capture()
         running = [row for row in running if not episodes[row].over]
@@ -236,7 +235,9 @@ class _Together:
         self._action[numbers] = list(actions.values())
         try:
             self._simulations.step(self._action, self._obs, self._reward, self._terminated, only=np.array(numbers))
-        except RuntimeError as error:
+        except EnvError:
+            raise
+        except Exception as error:
             raise EnvError(f"the environment, {self._steps} steps into its episodes, raised {told(error)}") from error
         self._steps += 1
         truncated = self._steps >= self._simulations.time_limit
@@ -266,10 +267,10 @@ class _Episode:
             obs, _ = self.env.reset(seed=self.seed)
         return self._checked("observation", obs)
 
-    def step(self, action: Any, taken: _Outcome | None = None) -> Any:
-        """Next observation [D]; `taken`: of the step, if it has been taken elsewhere."""
+    def step(self, action: Any, outcome: _Outcome | None = None) -> Any:
+        """Next observation [D]; `outcome`: of the step, if it has been taken elsewhere."""
         with self._raising_one_kind():
-            obs, reward, terminated, truncated, info = taken or self.env.step(action)
+            obs, reward, terminated, truncated, info = outcome or self.env.step(action)
         self.length += 1
         self.total += float(self._checked("reward", reward))
         ended = bool(terminated or truncated)

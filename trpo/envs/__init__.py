@@ -31,7 +31,7 @@ def make_envs(
 ) -> BatchEnv:
     """Environments stepped side by side on the backend that `config.backend` names.
 
-    `auto` is `mujoco` for the tasks that it knows and `gymnasium` for all others: the numbers are the same.
+    `auto` is `mujoco` where that can be and `gymnasium` otherwise: the numbers are the same.
 
     Args:
         config: The environment and how to run it. `config.num_envs` plays no part: a process may have a share of them.
@@ -58,14 +58,5 @@ def make_envs(
 
         return TorchEnvs(config, seeds, device=device or torch.device("cpu"))
     from trpo.envs.gymnasium import GymnasiumEnvs
-    from trpo.envs.mujoco import MujocoEnvs
-    from trpo.envs.mujoco_batch import DifferentNumbers, knows
 
-    if backend == "mujoco" or (backend == "auto" and knows(config)):
-        try:
-            return MujocoEnvs(config, seeds, on_warning=on_warning)
-        except DifferentNumbers as error:
-            if backend == "mujoco":
-                raise
-            on_warning(f"{error}, which it is now")
     return GymnasiumEnvs(config, seeds, on_warning=on_warning)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.envs.contract import Step
+from trpo.envs.cores import worker_count
 from trpo.envs.shard import restart_seed
 from trpo.envs.single import make_single_env
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.envs.vector import VectorEnvAdapter
-from trpo.envs.workers import worker_count
 from trpo.errors import EnvError
 
 

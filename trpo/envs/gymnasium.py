@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.envs.contract import Step
+from trpo.envs.mujoco import MujocoShard
 from trpo.envs.shard import EnvShard, StepBuffers
 from trpo.envs.spaces import ActionEncoding, Array
 from trpo.errors import EnvError
@@ -51,6 +52,9 @@ NEW_EPISODES = "{}; the run goes on with new episodes"
 class GymnasiumEnvs:
     """N Gymnasium environments in this process; a `BatchEnv`.
 
+    With backend `gymnasium` they are stepped one after the other; with `mujoco` in one call, by MuJoCo's threads, and
+    with `auto` so where that can be: the numbers are the same.
+
     The same tensors come back from every `step`: views of arrays written in place, valid until the next call.
     """
 
@@ -58,7 +62,8 @@ class GymnasiumEnvs:
         self, config: EnvConfig, seeds: Sequence[int], *, on_warning: Callable[[str], None] = lambda _: None
     ) -> None:
         self._on_warning = on_warning
-        self._shard = self._shard_of(config, seeds)
+        in_turn = config.backend == "gymnasium"
+        self._shard = EnvShard(config, seeds) if in_turn else MujocoShard(config, seeds, on_warning=on_warning)
         spaces = self._shard.spaces
         self.num_envs = len(seeds)
         self.device = torch.device("cpu")
@@ -69,9 +74,6 @@ class GymnasiumEnvs:
         self._shard.attach(self._buffers)
         self._step = as_step(self._buffers)
         self.exact_resume = True
-
-    def _shard_of(self, config: EnvConfig, seeds: Sequence[int]) -> EnvShard:
-        return EnvShard(config, seeds)
 
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""

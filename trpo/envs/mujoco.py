@@ -1,53 +1,67 @@
-"""`MujocoEnvs`: Gymnasium's MuJoCo tasks, all stepped in one call, to the same bits as each by itself."""
+"""`MujocoShard`: Gymnasium's MuJoCo tasks, all stepped in one call, to the same bits as each by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from trpo.config import EnvConfig
-from trpo.envs.gymnasium import GymnasiumEnvs
-from trpo.envs.mujoco_batch import Simulations
+from trpo.envs.mujoco_batch import DifferentNumbers, NotHere, Simulations
 from trpo.envs.shard import EnvShard
+from trpo.envs.single import told
 from trpo.errors import EnvError
 
 
-class MujocoEnvs(GymnasiumEnvs):
-    """N environments of a MuJoCo task of Gymnasium, on `config.workers` threads; a `BatchEnv`.
+class MujocoShard(EnvShard):
+    """k environments, all rows valid, whose steps `Simulations` take; with backend `auto` only where they can.
 
-    Numbers, states and messages are those of `GymnasiumEnvs`, whatever the number of threads.
+    Args:
+        config: `workers` threads step the simulations.
+        seeds: See `EnvShard`.
+        on_warning: Told if they could, were Gymnasium not another one than is known here.
 
     Raises:
-        EnvError: As `Simulations` does, `DifferentNumbers` among them.
+        EnvError: As `EnvShard`; with backend `mujoco` also `NotHere`.
     """
 
-    def _shard_of(self, config: EnvConfig, seeds: Sequence[int]) -> EnvShard:
-        return MujocoShard(config, seeds)
-
-
-class MujocoShard(EnvShard):
-    """k environments whose `Simulations` take their steps; all rows are valid."""
-
-    def __init__(self, config: EnvConfig, seeds: Sequence[int]) -> None:
+    def __init__(self, config: EnvConfig, seeds: Sequence[int], *, on_warning: Callable[[str], None]) -> None:
         super().__init__(config, seeds)
+        self._simulations: Simulations | None = None
         try:
             self._simulations = Simulations.of(config, self._envs[0], len(seeds))
+        except NotHere as error:
+            if config.backend == "mujoco":
+                self.close()
+                raise
+            if isinstance(error, DifferentNumbers):
+                on_warning(f"{error}, which it is now")
         except BaseException:
             self.close()
             raise
 
     def _act(self) -> None:
+        if self._simulations is None:
+            super()._act()
+            return
         buffers = self._buffers
         for log, row in zip(self._logs, buffers.action, strict=True):
             log.append(row)
         try:
             self._simulations.step(buffers.action, buffers.next_obs, buffers.reward, buffers.terminated)
-        except RuntimeError as error:
+        except EnvError:
+            raise
+        except Exception as error:
             i = int(getattr(error, "ids", [0])[0])
-            raise EnvError(f"{self._where(i)} raised {type(error).__name__}: {error}") from error
+            raise EnvError(f"{self._where(i)} raised {told(error)}") from error
         limits = np.minimum(self._cut_after, self._simulations.time_limit)
         np.greater_equal(self._episode_steps, limits, out=buffers.truncated)
 
     def _entered(self, i: int) -> None:
-        self._simulations.enter(i, self._envs[i])
+        if self._simulations is not None:
+            self._simulations.enter(i, self._envs[i])
+
+    def close(self) -> None:
+        """See `EnvShard.close`; ends the threads, too."""
+        self._simulations = None
+        super().close()

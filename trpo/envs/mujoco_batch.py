@@ -6,8 +6,10 @@ the same results to the bit.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-import importlib.util
+import os
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,39 +18,42 @@ import numpy as np
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 from trpo.config import EnvConfig
+from trpo.envs.cores import worker_count
 from trpo.envs.mujoco_tasks import TASKS, Task
 from trpo.envs.spaces import Array
 from trpo.envs.stagger import NEVER
-from trpo.envs.workers import worker_count
-from trpo.errors import EnvError
+from trpo.errors import EnvError, raised
 
 _INSTEAD = "set env.backend to gymnasium"
-_TRIAL_STEPS = 8
+_TRIAL_STEPS = 8  # a formula that was changed shows in the first; what rare values show is for the tests
+_alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class DifferentNumbers(EnvError):
+def _keep_for_ever() -> None:
+    for batch in _alive:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(batch))
+
+
+# A forked process has no threads but its own, and would wait for those of a batch for ever when it freed one.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_for_ever)
+
+
+class NotHere(EnvError):
+    """Environments have to be stepped by Gymnasium."""
+
+
+class DifferentNumbers(NotHere):
     """Gymnasium as it is installed does not compute what is computed here."""
 
 
-def knows(config: EnvConfig) -> bool:
-    """Whether there can be `Simulations`: of a task in `TASKS` as Gymnasium makes it, by a MuJoCo that has a batch."""
-    spec = gymnasium.registry.get(config.id)
-    return (
-        spec is not None
-        and spec.entry_point in TASKS
-        and not (config.wrappers or spec.additional_wrappers or config.kwargs.get("render_mode"))
-        and importlib.util.find_spec("mujoco") is not None
-        and importlib.util.find_spec("mujoco.batch") is not None
-    )
-
-
 def simulations_beside(config: EnvConfig, env: gymnasium.Env[Any, Any], count: int) -> Simulations | None:
-    """`Simulations.of` where they are wanted, by `config.backend`, and possible."""
-    if config.backend.startswith("gymnasium") or not knows(config):
+    """`Simulations.of` where they can be, for more than one environment and unless `config.backend` is Gymnasium."""
+    if config.backend.startswith("gymnasium") or count == 1:
         return None
     try:
         return Simulations.of(config, env, count)
-    except DifferentNumbers:
+    except NotHere:
         return None
 
 
@@ -71,6 +76,8 @@ class Simulations:
         self._whole = mujoco.MjData(self._model) if task.contact_forces else None
         make: Any = importlib.import_module("mujoco.batch").Batch
         self._batch = make(self._model, nsim=count, nthread=threads, persistent=task.contact_forces)
+        self._process = os.getpid()
+        _alive.add(self._batch)
         fields = ("qpos", "qvel", "ctrl", *task.fields)
         self._data = SimpleNamespace(**{name: self._batch.bind(name) for name in fields})
         self._data.cfrc_ext = np.zeros((count, self._model.nbody, 6))
@@ -81,11 +88,12 @@ class Simulations:
         """Of environments like `env`, on `config.workers` threads; `env` is reset and tried out.
 
         Raises:
-            EnvError: There is no such task here, something is wrapped around it, or MuJoCo is too old.
+            NotHere: There is no such task here, something is wrapped around it, it draws, or MuJoCo is too old.
             DifferentNumbers: Gymnasium's task is another one than that which is known here.
         """
-        limit, task = _time_limit(env, config.id), _task(env, config.id)
-        _try_out(env, task, config.id)
+        task = _task(env, config.id)
+        limit = _time_limit(env, config.id)
+        _try_out(env, task, config)
         return cls(task, count, threads=worker_count(config.workers, count), time_limit=limit)
 
     def enter(self, i: int, env: gymnasium.Env[Any, Any]) -> None:
@@ -107,8 +115,14 @@ class Simulations:
 
         Raises:
             RuntimeError: MuJoCo raised an error in some of them; its `ids` are their numbers.
+            ValueError: MuJoCo calls back into Python, which it cannot from threads.
+            EnvError: This is a fork of the process that made them.
         """
         task, data = self._task, self._data
+        if os.getpid() != self._process:
+            raise EnvError(
+                f"the threads of these environments are those of another process: make them here, or {_INSTEAD}"
+            )
         data.ctrl[:] = action
         self._batch.step(only, nstep=self._frame_skip)
         if self._whole is not None:
@@ -130,7 +144,7 @@ def _time_limit(env: gymnasium.Env[Any, Any], env_id: str) -> int:
         if type(env) is TimeLimit:
             limit = min(limit, env._max_episode_steps)
         elif type(env) is not OrderEnforcing:
-            raise EnvError(f"{env_id} is wrapped in {type(env).__name__}: backend mujoco takes no wrapper; {_INSTEAD}")
+            raise NotHere(f"{env_id} is wrapped in {type(env).__name__}: backend mujoco takes no wrapper; {_INSTEAD}")
         env = env.env
     return limit
 
@@ -141,20 +155,21 @@ def _task(env: gymnasium.Env[Any, Any], env_id: str) -> Task:
     task = TASKS.get(f"{kind.__module__}:{kind.__qualname__}")
     if task is None:
         known = ", ".join(name for name, spec in gymnasium.registry.items() if spec.entry_point in TASKS)
-        raise EnvError(f"env.id: backend mujoco has no {env_id!r}, only {known}; otherwise {_INSTEAD}")
+        raise NotHere(f"env.id: backend mujoco has no {env_id!r}, only {known}; otherwise {_INSTEAD}")
     if raw.render_mode is not None:
-        raise EnvError(f"env.kwargs: backend mujoco draws nothing; remove render_mode, or {_INSTEAD}")
+        raise NotHere(f"{env_id} has render_mode {raw.render_mode!r}, and backend mujoco draws nothing; {_INSTEAD}")
     try:
         importlib.import_module("mujoco.batch")
     except ImportError as error:
         version = importlib.import_module("mujoco").__version__
-        raise EnvError(
-            f"env.backend mujoco needs MuJoCo 4.0, this is {version}: pip install -U mujoco, or {_INSTEAD}"
+        raise NotHere(
+            f"env.backend mujoco needs mujoco.batch, of MuJoCo 4.0; this is {version} ({error}): "
+            f"pip install -U mujoco, or {_INSTEAD}"
         ) from error
     return task(raw)
 
 
-def _try_out(env: Any, task: Task, env_id: str) -> None:
+def _try_out(env: Any, task: Task, config: EnvConfig) -> None:
     """Raises `DifferentNumbers` unless some steps of `env` are the same here, to the bit."""
     obs, reward, terminated = np.zeros((1, *env.observation_space.shape)), np.zeros(1), np.zeros(1, bool)
     try:
@@ -165,12 +180,14 @@ def _try_out(env: Any, task: Task, env_id: str) -> None:
         for _ in range(_TRIAL_STEPS):
             action = random.uniform(env.action_space.low, env.action_space.high).astype(np.float32)
             simulations.step(action[None], obs, reward, terminated)
-            expected_obs, *expected, _, _ = env.step(action)
-            same = expected_obs.tobytes() == obs[0].tobytes() and expected == [reward[0], terminated[0]]
+            expected_obs, expected_reward, expected_end, *_ = env.step(action)
+            given = obs[0].tobytes(), reward.tobytes(), bool(terminated[0])
+            same = given == (expected_obs.tobytes(), np.float64(expected_reward).tobytes(), expected_end)
             if not same:
                 break
-        problem = "" if same else "is not the task that backend mujoco knows"
+        problem = "" if same else "computes something else than backend mujoco"
     except Exception as error:
-        problem = f"cannot be tried out: {type(error).__name__}: {error}"
+        problem = f"is not what backend mujoco expects ({raised(error)})"
     if problem:
-        raise DifferentNumbers(f"{env_id} of Gymnasium {gymnasium.__version__} {problem}; {_INSTEAD}")
+        given_kwargs = f" with env.kwargs {config.kwargs}" if config.kwargs else ""
+        raise DifferentNumbers(f"{config.id} of Gymnasium {gymnasium.__version__}{given_kwargs} {problem}; {_INSTEAD}")

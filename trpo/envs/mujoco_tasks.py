@@ -59,6 +59,11 @@ def _norms(rows: Array) -> Array:
     return np.sqrt([row.dot(row) for row in np.ascontiguousarray(rows)])
 
 
+def _powers(values: Array) -> Array:
+    """x² [N] as numpy takes the power of one number, which rounds in another way than that of an array."""
+    return np.array([x**2 for x in values])
+
+
 class _Runner(Task):
     """Forward velocity less the cost of control, and a bonus for being healthy."""
 
@@ -94,7 +99,7 @@ class Walker2d(_Runner):
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
         env, healthy = self.env, self.healthy(d)
         rewards = env._forward_reward_weight * velocity + healthy * env._healthy_reward
-        return rewards - env._ctrl_cost_weight * _squares(action), ~healthy & env._terminate_when_unhealthy
+        return rewards - env._ctrl_cost_weight * _squares(action), ~healthy & bool(env._terminate_when_unhealthy)
 
     def healthy(self, d: Any) -> Array:
         """[N] bool."""
@@ -136,7 +141,7 @@ class Ant(Task):
         contact = env._contact_cost_weight * _squares(self._contact_forces(d))
         return (
             rewards - (env._ctrl_cost_weight * _squares(action) + contact),
-            ~healthy & env._terminate_when_unhealthy,
+            ~healthy & bool(env._terminate_when_unhealthy),
         )
 
     def _contact_forces(self, d: Any) -> Array:
@@ -173,7 +178,10 @@ class Humanoid(HumanoidStandup):
 
     def position(self, d: Any) -> Array:
         mass = self.env.model.body_mass
-        return np.einsum("b,...bj->...j", mass, d.xipos)[..., 0] / mass.sum()
+        # One by one: einsum over all at once may add in another order, or fuse operations that this does not.
+        places = d.xipos.reshape(-1, *d.xipos.shape[-2:])
+        moment = np.array([np.einsum("b,bj->j", mass, place)[0] for place in places])
+        return moment.reshape(d.xipos.shape[:-2]) / mass.sum()
 
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
         env, healthy = self.env, _within(d.qpos[:, 2], self.env._healthy_z_range)
@@ -181,7 +189,7 @@ class Humanoid(HumanoidStandup):
         contact = np.clip(env._contact_cost_weight * _squares(d.cfrc_ext), *env._contact_cost_range)
         return (
             rewards - (env._ctrl_cost_weight * _squares(d.ctrl) + contact),
-            ~healthy & env._terminate_when_unhealthy,
+            ~healthy & bool(env._terminate_when_unhealthy),
         )
 
 
@@ -206,8 +214,8 @@ class InvertedDoublePendulum(Task):
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
         tip = d.site_xpos[:, 0]
         terminated = tip[:, 2] <= 1
-        distance = 0.01 * tip[:, 0] ** 2 + (tip[:, 2] - 2) ** 2
-        speed = 1e-3 * d.qvel[:, 1] ** 2 + 5e-3 * d.qvel[:, 2] ** 2
+        distance = 0.01 * _powers(tip[:, 0]) + _powers(tip[:, 2] - 2)
+        speed = 1e-3 * _powers(d.qvel[:, 1]) + 5e-3 * _powers(d.qvel[:, 2])
         return self.env._healthy_reward * ~terminated - distance - speed, terminated
 
 

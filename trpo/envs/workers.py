@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.envs.contract import Step
+from trpo.envs.cores import worker_count
 from trpo.envs.gymnasium import NEW_EPISODES, as_step, check_env_count, native_actions
 from trpo.envs.shard import EnvSpaces, StepBuffers, check_same_spaces, restart_seed
 from trpo.envs.spaces import ActionEncoding
@@ -207,14 +208,6 @@ class WorkerEnvs:
         buffers.valid[lost] = False
         buffers.success[lost] = np.nan
         lost[:] = False
-
-
-def worker_count(requested: int, num_envs: int) -> int:
-    """Workers to use: those requested, or one per core left to this process; never more than environments."""
-    if requested == 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        requested = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return min(requested, num_envs)
 
 
 def _release(workers: list[Worker], memory: int) -> None:
