@@ -157,7 +157,7 @@ def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) 
         compare()
     # 400 steps at 40 a second are 10 s, in which they come to 250: the evaluation at 200 is their last by then.
     rows = {
-        "trpo, envpool × 16, 1 worker": [40.0, 40.0, 40.0],
+        "trpo, mujoco × 16, 1 worker": [40.0, 40.0, 40.0],
         "trpo, gymnasium": [90.0] * 3,
         "them, zoo": [20, 25, 25],
     }

@@ -19,7 +19,7 @@ from trpo.benchmark.speed import OURS
 from trpo.benchmark.speed_report import Rows, best, median, median_ratio, number
 from trpo.errors import UserError
 
-OUR_ROW = f"{OURS}, envpool × 16, 1 worker"
+OUR_ROW = f"{OURS}, mujoco × 16, 1 worker"
 
 
 def side_by_side(ours: Path, theirs: Path, *, agent: str, speed: Path) -> str:
@@ -49,7 +49,7 @@ def side_by_side(ours: Path, theirs: Path, *, agent: str, speed: Path) -> str:
     rates = [_Rates.of(tables.get(f"recipe {both[0][task][0]['environment']}", {}), agent) for task in tasks]
     if all(math.isnan(rate.ratio) for rate in rates):
         raise UserError(
-            f"{speed} has no rates of training, ours with envpool and {agent}'s: with both installed, python "
+            f"{speed} has no rates of training, ours with MuJoCo's batch and {agent}'s: with that installed, python "
             "scripts/benchmark.py speed --parts recipes --out runs/speed, then --speed runs/speed/speed.json"
         )
     for task, rate in zip(tasks, rates, strict=True):

@@ -159,7 +159,7 @@ def report(result: dict[str, Any]) -> str:
             (row, *(number(median(r, key)) for key in SHARE), number(median_ratio(r, r, *SHARE), 2))
             for row, r in rollout.items()
         ]
-        title = "Rollouts without updates, Hopper-v5 on Gymnasium's backend"
+        title = "Rollouts without updates, Hopper-v5 on the default backend"
         sections.append(_table(title, ("Environments", "Steps/s", "Random stepping", "Share"), cells))
     if memory := tables.get("memory"):
         cells = [(row, number(median(rounds, "peak_mib"))) for row, rounds in memory.items()]
