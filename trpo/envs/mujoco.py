@@ -30,15 +30,12 @@ class MujocoShard(EnvShard):
         self._simulations: Simulations | None = None
         try:
             self._simulations = Simulations.of(config, self._envs[0], len(seeds))
-        except NotHere as error:
-            if config.backend == "mujoco":
+        except BaseException as error:
+            if config.backend == "mujoco" or not isinstance(error, NotHere):
                 self.close()
                 raise
             if isinstance(error, DifferentNumbers):
                 on_warning(f"{error}, which it is now")
-        except BaseException:
-            self.close()
-            raise
 
     def _act(self) -> None:
         if self._simulations is None:

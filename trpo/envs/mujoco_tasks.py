@@ -64,6 +64,21 @@ def _powers(values: Array) -> Array:
     return np.array([x**2 for x in values])
 
 
+def _state(env: Any, d: Any, hidden: int) -> list[Array]:
+    """Positions, without so many leading ones unless they are asked for, and velocities."""
+    return [d.qpos[..., hidden if env._exclude_current_positions_from_observation else 0 :], d.qvel]
+
+
+def _finite(d: Any) -> Array:
+    """[N] bool."""
+    return np.isfinite(d.qpos).all(axis=1) & np.isfinite(d.qvel).all(axis=1)
+
+
+def _ended(env: Any, healthy: Array) -> Array:
+    """[N] bool, whether episodes end for not being healthy."""
+    return ~healthy & bool(env._terminate_when_unhealthy)
+
+
 class _Runner(Task):
     """Forward velocity less the cost of control, and a bonus for being healthy."""
 
@@ -73,8 +88,7 @@ class _Runner(Task):
         return d.qpos[..., 0]
 
     def observe(self, d: Any) -> list[Array]:
-        hidden = self.hidden if self.env._exclude_current_positions_from_observation else 0
-        return [d.qpos[..., hidden:], d.qvel]
+        return _state(self.env, d, self.hidden)
 
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
         env = self.env
@@ -99,7 +113,7 @@ class Walker2d(_Runner):
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
         env, healthy = self.env, self.healthy(d)
         rewards = env._forward_reward_weight * velocity + healthy * env._healthy_reward
-        return rewards - env._ctrl_cost_weight * _squares(action), ~healthy & bool(env._terminate_when_unhealthy)
+        return rewards - env._ctrl_cost_weight * _squares(action), _ended(env, healthy)
 
     def healthy(self, d: Any) -> Array:
         """[N] bool."""
@@ -125,23 +139,20 @@ class Ant(Task):
         return d.xpos[..., self.main_body, 0]
 
     def observe(self, d: Any) -> list[Array]:
-        env = self.env
-        hidden = 2 if env._exclude_current_positions_from_observation else 0
-        parts = [d.qpos[..., hidden:], d.qvel]
-        if env._include_cfrc_ext_in_observation:
+        parts = _state(self.env, d, hidden=2)
+        if self.env._include_cfrc_ext_in_observation:
             parts.append(_rows(self._contact_forces(d), 1))
         return parts
 
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
         env = self.env
-        finite = np.isfinite(d.qpos).all(axis=1) & np.isfinite(d.qvel).all(axis=1)
         low, high = env._healthy_z_range
-        healthy = finite & (low <= d.qpos[:, 2]) & (d.qpos[:, 2] <= high)
+        healthy = _finite(d) & (low <= d.qpos[:, 2]) & (d.qpos[:, 2] <= high)
         rewards = velocity * env._forward_reward_weight + healthy * env._healthy_reward
         contact = env._contact_cost_weight * _squares(self._contact_forces(d))
         return (
             rewards - (env._ctrl_cost_weight * _squares(action) + contact),
-            ~healthy & bool(env._terminate_when_unhealthy),
+            _ended(env, healthy),
         )
 
     def _contact_forces(self, d: Any) -> Array:
@@ -154,7 +165,7 @@ class HumanoidStandup(Task):
 
     def observe(self, d: Any) -> list[Array]:
         env = self.env
-        parts = [d.qpos[..., 2 if env._exclude_current_positions_from_observation else 0 :], d.qvel]
+        parts = _state(env, d, hidden=2)
         if env._include_cinert_in_observation is True:
             parts.append(_rows(d.cinert, 1))
         if env._include_cvel_in_observation is True:
@@ -189,7 +200,7 @@ class Humanoid(HumanoidStandup):
         contact = np.clip(env._contact_cost_weight * _squares(d.cfrc_ext), *env._contact_cost_range)
         return (
             rewards - (env._ctrl_cost_weight * _squares(d.ctrl) + contact),
-            ~healthy & bool(env._terminate_when_unhealthy),
+            _ended(env, healthy),
         )
 
 
@@ -198,8 +209,7 @@ class InvertedPendulum(Task):
         return [d.qpos, d.qvel]
 
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
-        finite = np.isfinite(d.qpos).all(axis=1) & np.isfinite(d.qvel).all(axis=1)
-        terminated = ~finite | (np.abs(d.qpos[:, 1]) > 0.2)
+        terminated = ~_finite(d) | (np.abs(d.qpos[:, 1]) > 0.2)
         return 1.0 - terminated, terminated
 
 
