@@ -24,6 +24,7 @@ LAYERS = (
         "config_difference",
         "config_file",
         "console",
+        "cores",
         "device",
         "distributed",
         "distributions",

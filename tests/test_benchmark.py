@@ -17,7 +17,7 @@ from trpo.benchmark import peer_learning
 from trpo.benchmark.learning import load_results, plan, run, write_tables
 from trpo.benchmark.side_by_side import side_by_side
 from trpo.config_file import load_config
-from trpo.envs.cores import worker_count
+from trpo.cores import worker_count
 from trpo.errors import UserError
 from trpo.seed_statistics import interquartile_mean
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from trpo.config import EnvConfig
+from trpo.cores import update_threads, worker_count
 from trpo.envs import make_envs
-from trpo.envs.cores import worker_count
 from trpo.envs.workers import WorkerEnvs, restart_seed
 from trpo.errors import EnvError
 
@@ -81,8 +81,11 @@ class TestWorkers:
         assert 1 <= worker_count(0, 1000) <= (os.cpu_count() or 1)
 
     def test_processes_of_one_machine_share_its_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-        assert worker_count(0, 4) == 1
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+        for processes, workers, threads in [(1, 16, 4), (5, 3, 3), (1000, 1, 1)]:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+            assert (worker_count(0, 1000), update_threads(0)) == (workers, threads)
+            assert (worker_count(9, 1000), update_threads(9)) == (9, 9)
 
     @pytest.mark.parametrize(
         ("files", "workers"),
@@ -102,7 +105,7 @@ class TestWorkers:
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
-        monkeypatch.setattr("trpo.envs.cores._CGROUP", tmp_path)
+        monkeypatch.setattr("trpo.cores._CGROUP", tmp_path)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         assert worker_count(0, 1000) == workers

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from forks import fork
 from gymnasium import spaces
 from helpers import randn, relative_error, seeded
 from torch import Tensor
@@ -26,7 +30,7 @@ from trpo.parameters import FlatParameters
 
 SOURCE = Path(native.__file__).with_name("mlp.c")
 COMPILER = shutil.which("cc")
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC", "-pthread"]
 # Vectors of 16, 8 and 4 numbers, whichever this processor has; "installed" is what the package was built with.
 MACHINES = {
     "installed": None,
@@ -167,8 +171,6 @@ def test_what_cannot_be_frozen_or_does_not_fit_is_left_to_torch() -> None:
     assert frozen(x[:, :2]) is None and frozen(x[0]) is None
     with torch.enable_grad():
         assert frozen(x) is None
-    torch.set_num_threads(2)
-    assert frozen(x) is None and frozen(x[: native.BLOCK]) is not None
     assert exact.native.frozen(shift, scale, 1.0) is None
     for wrong in (shift.float(), shift[:2], shift[:1], torch.cat([shift, shift]), shift[None]):
         assert mlp.native.frozen(wrong, scale, 1.0) is None and mlp.native.frozen(shift, wrong, 1.0) is None
@@ -285,6 +287,92 @@ def test_rows_far_apart_in_memory_are_taken_as_they_are() -> None:
     assert relative_error(mlp.linearize(x.float()).vjp(u.float()).double(), exact.linearize(x).vjp(u)) <= TOLERANCE
 
 
+def everything(rows: int) -> list[Tensor]:
+    """What all functions that share rows among threads say of one network and one ordinal distribution."""
+    mlp, _ = pair((17, 40, 33))
+    x, v, u = randn(rows, 17).float(), randn(mlp.layout.total, seed=1).float(), randn(rows, 33, seed=2).float()
+    compiled, _ = ordinal(3, 11)
+    with torch.no_grad():
+        linearization = mlp.linearize(x)
+        assert isinstance(linearization, NativeLinearization) and mlp.native is not None
+        frozen = mlp.native.frozen(randn(17, seed=3), randn(17, seed=4), 2.0)
+        log_p = compiled.log_probabilities(linearization.output)
+        assert frozen is not None and log_p is not None
+        found = [
+            *(mlp(x), linearization.output, linearization.jvp(v), linearization.vjp(u), frozen(x), log_p),
+            compiled.metric(log_p.exp(), u),
+            compiled.sample(linearization.output, randn(rows, 3, seed=5).float()),
+        ]
+    assert all(isinstance(part, Tensor) and part.isfinite().all() for part in found)
+    return [part for part in found if part is not None]
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("rows", [1, native.BLOCK, native.BLOCK + 1, 1000, 5000])
+def test_the_number_of_threads_changes_no_bit(rows: int) -> None:
+    one = everything(rows)
+    for threads in (2, 3, native.MOST_THREADS, native.MOST_THREADS + 1):
+        torch.set_num_threads(threads)
+        for actual, expected in zip(everything(rows), one, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_threads_are_as_many_as_are_free() -> None:
+    """In a process of its own, where nothing has made any: they stay."""
+    code = """
+import os, torch
+torch.set_num_threads(1)
+from test_native import everything
+from trpo import native
+def more(): everything(1000); return len(os.listdir("/proc/self/task")) - before
+everything(1000); before = len(os.listdir("/proc/self/task"))
+counts = [more()]
+with native.spare_threads(2):
+    with native.spare_threads(-1) as over:
+        counts.append(more()); over(); counts.append(more())
+    counts.append(more())
+with native.spare_threads(-3): counts.append(more())
+print(counts, native._threads())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[0] == "[0, 1, 2, 2, 2] 1"
+
+
+@needs_native
+def test_a_fork_has_threads_of_its_own() -> None:
+    with native.spare_threads(2):  # torch's own would hang in a fork
+        expected = everything(1000)
+
+        def child() -> None:
+            assert all(map(torch.equal, everything(1000), expected))
+
+        pid = fork(child)
+        for _ in range(200):  # threads that are not there would be waited for without end
+            if (ended := os.waitpid(pid, os.WNOHANG)) != (0, 0):
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(pid, signal.SIGKILL)
+        assert ended == (pid, 0)
+        assert all(map(torch.equal, everything(1000), expected))
+
+
+@needs_native
+def test_several_may_want_threads_at_once() -> None:
+    expected = everything(1000)
+
+    def ask(_: int) -> bool:
+        torch.set_num_threads(3)
+        return all(all(map(torch.equal, everything(1000), expected)) for _ in range(5))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(8)))
+
+
 @needs_native
 def test_threads_may_ask_the_same_network_at_once() -> None:
     """Calls hold no lock of the interpreter: what one writes must not be read by another."""
@@ -315,11 +403,8 @@ def test_torch_does_what_the_compiled_functions_cannot(monkeypatch: pytest.Monke
             mlp(x[:, :2])
         with pytest.raises(RuntimeError, match="dtype"):
             exact(x)
-        torch.set_num_threads(2)  # many rows are worth several threads, a few are not
-        assert isinstance(mlp.linearize(x), MlpLinearization)
-        assert isinstance(mlp.linearize(x[: native.BLOCK]), NativeLinearization)
         monkeypatch.setattr(native, "_LIBRARY", None)
-        assert isinstance(mlp.linearize(x[: native.BLOCK]), MlpLinearization)
+        assert isinstance(mlp.linearize(x), MlpLinearization)
 
 
 @needs_native

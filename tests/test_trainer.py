@@ -16,11 +16,13 @@ from commands import config_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_env_workers import GONE_S, wait_until_gone
 
+from trpo import native
 from trpo.agent import UpdateReport
 from trpo.checkpoint import checkpoint_paths
 from trpo.colored_noise import ColoredNoise
 from trpo.config import Config, EnvConfig
 from trpo.config_file import load_config
+from trpo.cores import update_threads
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import evaluate
@@ -73,20 +75,26 @@ def test_actions_get_noise_of_the_color_that_the_settings_name(tmp_path: Path) -
     assert torch.equal(noise[1], ColoredNoise(32, 1.0, like=noise[0])(noise[0]))
 
 
-def test_a_run_with_two_threads_has_the_bits_of_one_with_one(tmp_path: Path) -> None:
-    """A batch of more rows than compiled code would share with torch's threads, had torch more than one."""
-    thetas = []
-    for count in (1, 2):
-        config = config_for("Pendulum-v1", total_steps=1024, batch_size=512, device="cpu", threads=count)
-        with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
-            assert torch.get_num_threads() == 1
-            for _ in range(2):
-                source._iteration()
-            thetas.append((source.agent.policy.theta.vector, source.agent.value.theta.vector))
-    config = config_for("Pendulum-v1", device="cpu", threads=2, value={"fit_first": True})
-    with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
-        assert torch.get_num_threads() == 2  # one after the other
-    assert all(torch.equal(one, two) for one, two in zip(*thetas, strict=True))
+@pytest.mark.skipif(not native.available(), reason="torch's own products depend on its threads")
+@pytest.mark.parametrize("fit_first", [False, True])
+def test_a_run_has_the_same_bits_whatever_the_threads(fit_first: bool, tmp_path: Path) -> None:
+    """Those of the settings, and those that torch had when the networks were made."""
+    before, thetas = torch.get_num_threads(), []
+    value = {"fit_first": fit_first}
+    for count in (1, 2, 3, 0):
+        config = config_for("Pendulum-v1", total_steps=1024, batch_size=512, device="cpu", threads=count, value=value)
+        torch.set_num_threads(count + 1)
+        try:
+            with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
+                given = update_threads(count)
+                assert torch.get_num_threads() == (given if fit_first or given == 1 else given - 1)
+                assert native._threads() == given
+                for _ in range(2):
+                    source._iteration()
+                thetas.append(torch.cat([source.agent.policy.theta.vector, source.agent.value.theta.vector]))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(theta, thetas[0]) for theta in thetas)
 
 
 def test_a_closed_trainer_does_not_train_on(tmp_path: Path) -> None:

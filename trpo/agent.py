@@ -14,9 +14,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from trpo import native
 from trpo.advantages import gae, horizon_lambda, standardize
 from trpo.batch import Batch, Rollout
 from trpo.config import Config, LearnedStdConfig
+from trpo.cores import update_threads
 from trpo.distributed import Group
 from trpo.errors import EnvError
 from trpo.natural_gradient import StepReport, trust_region_step
@@ -45,11 +47,12 @@ class UpdateReport:
 
 
 def fits_beside(config: Config, group: Group, device: torch.device) -> bool:
-    """Whether V is fitted while the policy takes its step, in one of `config.threads`: the same operations.
+    """Whether V is fitted while the policy takes its step, in one of the threads: the same operations.
 
     Not where sums over processes would meet in another order, nor where work waits in one queue of a GPU anyway.
     """
-    return config.threads > 1 and not config.value.fit_first and group.size == 1 and device.type == "cpu"
+    several = update_threads(config.threads) > 1
+    return several and not config.value.fit_first and group.size == 1 and device.type == "cpu"
 
 
 class Agent:
@@ -123,8 +126,12 @@ class Agent:
             step = self._policy_step(batch, progress=progress, timers=timers)
         elif fits_beside(config, self.group, self.device):
             # A new thread knows nothing of how many threads of torch this one was given.
-            with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
+            with (
+                native.spare_threads(-1) as is_idle_again,
+                ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread,
+            ):
                 fitting = thread.submit(fit_value)
+                fitting.add_done_callback(lambda _: is_idle_again())  # for the rest of the policy's step
                 step = self._policy_step(batch, progress=progress, timers=timers)
             fit = fitting.result()
         else:

@@ -332,10 +332,10 @@ class Config(Settings):
     )
     dtype: Literal["float32", "float64"] = Field("float32", description="Arithmetic of networks and update.")
     threads: int = Field(
-        1,
+        0,
         ge=0,
-        description="CPU threads of the update: from 2 on, one fits V while the others take the policy's step, but not "
-        "with `value.fit_first`, several processes or a GPU; 0: torch's own choice.",
+        description="CPU threads of the update, one of which first fits V, but not with `value.fit_first`, several "
+        "processes or a GPU; 0: one per core, at most 4.",
     )
     name: str = Field(
         "trpo",

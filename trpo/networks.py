@@ -97,8 +97,7 @@ class MLP(nn.Module):
         self.native = NativeMlp.of(layers, activation)
         for layer in layers:
             gain = head_scale if layer is layers[-1] else math.sqrt(2)
-            nn.init.orthogonal_(layer.weight, gain, generator=generator)
-            nn.init.zeros_(layer.bias)
+            _orthogonal(layer, gain, generator)
 
     @property
     def head(self) -> nn.Linear:
@@ -134,6 +133,17 @@ class MLP(nn.Module):
         return MlpLinearization(self, x)
 
 
+def _orthogonal(layer: nn.Linear, gain: float, generator: torch.Generator) -> None:
+    """Orthogonal weights, zero biases: the same for a seed however many threads torch has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # or the decomposition within rounds in another way
+    try:
+        nn.init.orthogonal_(layer.weight, gain, generator=generator)
+        nn.init.zeros_(layer.bias)
+    finally:
+        torch.set_num_threads(threads)
+
+
 class BodyAndHead(nn.Module):
     """A network of the user's up to the last layer: D → features → K, linear output."""
 
@@ -141,8 +151,7 @@ class BodyAndHead(nn.Module):
         super().__init__()
         self.body = body
         self.head = nn.Linear(features, outputs)
-        nn.init.orthogonal_(self.head.weight, head_scale, generator=generator)
-        nn.init.zeros_(self.head.bias)
+        _orthogonal(self.head, head_scale, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D] → [B, K]."""

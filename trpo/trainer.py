@@ -25,6 +25,7 @@ from trpo.collector import Collector, Episodes
 from trpo.config import Config
 from trpo.config_difference import config_difference, without_effect
 from trpo.config_file import dump_config
+from trpo.cores import update_threads
 from trpo.device import resolve_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
@@ -281,12 +282,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[None]:
-        """Torch has the threads of the settings within, and before and after as many as it had."""
+        """Torch has the threads of the settings within, less one that fits V; before and after as many as it had."""
         before = torch.get_num_threads()
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads - fits_beside(self.config, self.group, self.device))
+        beside = int(fits_beside(self.config, self.group, self.device))
+        torch.set_num_threads(update_threads(self.config.threads) - beside)
         try:
-            yield
+            with native.spare_threads(beside):
+                yield
         finally:
             torch.set_num_threads(before)
 

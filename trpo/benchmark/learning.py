@@ -71,13 +71,17 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of the settings: a finished run counts only for the settings it had."""
-        return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
+        """Of the settings, but for the threads, which change no bit: a finished run counts only for what it had."""
+        one_thread = self.config.model_copy(update={"threads": 1})
+        return hashlib.sha256(self._settings_of(one_thread).encode()).hexdigest()[:16]
 
     @property
     def settings(self) -> str:
         """As the process that trains is given them."""
-        return dump_config(self.config) if self.agent == "trpo" else peer_learning.settings(self.config)
+        return self._settings_of(self.config)
+
+    def _settings_of(self, config: Config) -> str:
+        return dump_config(config) if self.agent == "trpo" else peer_learning.settings(config)
 
     @property
     def log(self) -> Path:

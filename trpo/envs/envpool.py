@@ -14,8 +14,8 @@ from gymnasium.spaces.utils import flatdim
 from torch import Tensor
 
 from trpo.config import EnvConfig
+from trpo.cores import worker_count
 from trpo.envs.contract import Step
-from trpo.envs.cores import worker_count
 from trpo.envs.shard import restart_seed
 from trpo.envs.single import make_single_env
 from trpo.envs.stagger import NEVER, first_episode_length

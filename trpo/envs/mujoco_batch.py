@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 from trpo.config import EnvConfig
-from trpo.envs.cores import worker_count
+from trpo.cores import worker_count
 from trpo.envs.mujoco_tasks import TASKS, Task
 from trpo.envs.spaces import Array
 from trpo.envs.stagger import NEVER

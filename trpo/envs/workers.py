@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from trpo.config import EnvConfig
+from trpo.cores import worker_count
 from trpo.envs.contract import Step
-from trpo.envs.cores import worker_count
 from trpo.envs.gymnasium import NEW_EPISODES, as_step, check_env_count, native_actions
 from trpo.envs.shard import EnvSpaces, StepBuffers, check_same_spaces, restart_seed
 from trpo.envs.spaces import ActionEncoding

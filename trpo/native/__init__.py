@@ -1,19 +1,23 @@
 """`mlp.c` from Python: what multilayer perceptrons spend their time in, compiled for the machine it was installed on.
 
 An optional part. Where it was not built, was built for another processor, or cannot do what is asked (a GPU, float64,
-gradients by autograd, other activations, many rows on several threads), `trpo.networks` does the same with torch.
+gradients by autograd, other activations), `trpo.networks` does the same with torch.
 `TRPO_NATIVE=0` in the environment leaves it out: two machines, or one with and one without a compiler, then round alike
 more often.
+
+Many rows are shared among as many threads as torch has where the call comes from. That changes no number.
 
 C believes what it is told of a tensor's size and kind, so everything is looked at here first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -21,10 +25,12 @@ import torch
 from torch import Tensor, nn
 
 SWITCHED_OFF = os.environ.get("TRPO_NATIVE") == "0"
-VERSION = 3  # of the functions in mlp.c, and of their arguments
+VERSION = 4  # of the functions in mlp.c, and of their arguments
 ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
 BLOCK = 128  # rows that mlp.c takes through all layers at a time
 MOST_LAYERS = 16
+MOST_THREADS = 8
+MOST_LANES = 16  # numbers in a vector
 
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 _NUMBERS, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
@@ -33,16 +39,17 @@ _NETWORK = [ctypes.POINTER(_LONG), _INT]
 _SIGNATURES: dict[str, tuple[type | None, list]] = {
     "mlp_workspace": (_LONG, [*_NETWORK, _LONG]),
     "mlp_padded": (_LONG, [_LONG]),
-    "mlp_forward": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _LONG, _INT, _NUMBERS, _NUMBERS]),
+    "mlp_passing": (_LONG, [_LONG]),
+    "mlp_forward": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _LONG, _INT, _NUMBERS, _NUMBERS, _INT]),
     "mlp_freeze": (None, [*_NETWORK, _NUMBERS, _NUMBERS]),
-    "mlp_act": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _NUMBERS, _DOUBLE, _LONG, _NUMBERS, _NUMBERS]),
-    "mlp_jvp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
-    "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
+    "mlp_act": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _NUMBERS, _DOUBLE, _LONG, _NUMBERS, _NUMBERS, _INT]),
+    "mlp_jvp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS, _INT]),
+    "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS, _INT]),
     "mlp_factors": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
     "mlp_adam": (None, [*_NETWORK, _INT, *[_NUMBERS] * 5, _INT, *[_NUMBERS] * 3, _FLOAT, _FLOAT, _NUMBERS]),
-    "ordinal_log_probabilities": (None, [_LONG, _LONG, _NUMBERS, _NUMBERS, _NUMBERS]),
-    "ordinal_metric": (None, [_LONG, _LONG, *[_NUMBERS] * 4]),
-    "ordinal_sample": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 6]),
+    "ordinal_log_probabilities": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 3, _INT]),
+    "ordinal_metric": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 4, _INT]),
+    "ordinal_sample": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 6, _INT]),
     "adam_step": (None, [_LONG, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _FLOAT, _FLOAT, _FLOAT, _FLOAT]),
 }
 
@@ -77,15 +84,38 @@ def available() -> bool:
     return _LIBRARY is not None
 
 
+_spare = 0
+_spare_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def spare_threads(count: int) -> Iterator[Callable[[], None]]:
+    """So many threads more than torch has are free for the compiled functions, or fewer: within, or until they are not.
+
+    Yields:
+        What to call when that is over, from any thread.
+    """
+    pending = [count, -count]
+
+    def next_change() -> None:
+        global _spare
+        with _spare_lock:
+            _spare += pending.pop(0) if pending else 0
+
+    next_change()
+    try:
+        yield next_change
+    finally:
+        next_change()
+
+
+def _threads() -> int:
+    return max(1, torch.get_num_threads() + _spare)
+
+
 def takes(x: Tensor) -> bool:
-    """Whether the compiled functions may work on x [B, …]: of a kind they know, no graph wanted, one thread."""
-    return _wanted() and _plain(x) and _of_one_thread(x)
-
-
-def _of_one_thread(x: Tensor) -> bool:
-    """Whether there are so few rows, or threads, that one does best."""
-    # To be asked last: the number of rows, asked for while an exporter traces, would become a constant.
-    return x.shape[0] <= BLOCK or torch.get_num_threads() == 1
+    """Whether the compiled functions may work on x [B, …]: of a kind they know, no graph wanted."""
+    return _wanted() and _plain(x)
 
 
 def _wanted() -> bool:
@@ -162,7 +192,7 @@ class NativeMlp:
         if parameters is None:
             return None
         x, rows = x.contiguous(), len(x)
-        work = self.workspace(x, min(rows, BLOCK)) if workspace is None else workspace
+        work = self.workspace(x, _LIBRARY.mlp_passing(rows)) if workspace is None else workspace
         out = x.new_empty(rows, self.output_dim)
         _LIBRARY.mlp_forward(
             *self._network,
@@ -173,6 +203,7 @@ class NativeMlp:
             workspace is not None,
             out.data_ptr(),
             work.data_ptr(),
+            _threads(),
         )
         return out
 
@@ -183,7 +214,7 @@ class NativeMlp:
             return None
         if not all(_plain(v, torch.float64) and v.shape == shape for v in (shift, scale)):
             return None
-        work = self.workspace(parameters[0].detach(), BLOCK)
+        work = self.workspace(parameters[0].detach(), _LIBRARY.mlp_passing(2**31 - 1))
         _LIBRARY.mlp_freeze(*self._network, _addresses(parameters), work.data_ptr())
         # Copies, row after row in memory.
         shift, scale = (v.clone(memory_format=torch.contiguous_format) for v in (shift, scale))
@@ -191,12 +222,14 @@ class NativeMlp:
 
     def jvp(self, v: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
         """Jv, into `out` [B, K], for a checked v [P]."""
-        _LIBRARY.mlp_jvp(*self._network, self._activation, v.data_ptr(), len(out), out.data_ptr(), workspace.data_ptr())
+        memory = out.data_ptr(), workspace.data_ptr()
+        _LIBRARY.mlp_jvp(*self._network, self._activation, v.data_ptr(), len(out), *memory, _threads())
         return out
 
     def vjp(self, u: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
         """Jᵀu, into `out` [P], for a checked u [B, K]."""
-        _LIBRARY.mlp_vjp(*self._network, self._activation, u.data_ptr(), len(u), out.data_ptr(), workspace.data_ptr())
+        memory = out.data_ptr(), workspace.data_ptr()
+        _LIBRARY.mlp_vjp(*self._network, self._activation, u.data_ptr(), len(u), *memory, _threads())
         return out
 
     def factors(self, u: Tensor, workspace: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -261,7 +294,7 @@ class NativeMlp:
 
 
 class FrozenMlp:
-    """What a network was when this was made, for a few rows at a time, of `NativeMlp.frozen`.
+    """What a network was when this was made, of `NativeMlp.frozen`.
 
     For one thread of Python: calls share their memory.
     """
@@ -274,8 +307,7 @@ class FrozenMlp:
     def __call__(self, x: Tensor) -> Tensor | None:
         """x [B, D] → [B, K], or None where mlp.c had better not do it."""
         mlp, x = self._mlp, x.double()
-        fits = x.dim() == 2 and x.shape[1] == mlp.input_dim and _wanted() and _plain(x, torch.float64)
-        if not fits or not _of_one_thread(x):
+        if not (x.dim() == 2 and x.shape[1] == mlp.input_dim and _wanted() and _plain(x, torch.float64)):
             return None
         x, rows = x.contiguous(), x.shape[0]
         out = self._workspace.new_empty(rows, mlp.output_dim)
@@ -289,6 +321,7 @@ class FrozenMlp:
             rows,
             out.data_ptr(),
             self._workspace.data_ptr(),
+            _threads(),
         )
         return out
 
@@ -317,35 +350,32 @@ class NativeOrdinal:
         if not self._fits(eta):
             return None
         out = eta.new_empty(self.bins, eta.shape[0], self.components)
-        sizes = eta.shape[0] * self.components, self.bins
-        return self._call(_LIBRARY.ordinal_log_probabilities, sizes, eta.contiguous(), out)
+        return self._call(_LIBRARY.ordinal_log_probabilities, eta.shape[0], eta.contiguous(), out)
 
     def metric(self, p: Tensor, u: Tensor) -> Tensor | None:
         """p [n, B, A] and u [B, A n] → M u [B, A n], M the Fisher metric in η."""
         if not self._fits(u) or not _plain(p) or p.shape != (self.bins, u.shape[0], self.components):
             return None
         out = torch.empty_like(u, memory_format=torch.contiguous_format)
-        sizes = u.shape[0] * self.components, self.bins
-        return self._call(_LIBRARY.ordinal_metric, sizes, p.contiguous(), u.contiguous(), out)
+        return self._call(_LIBRARY.ordinal_metric, u.shape[0], p.contiguous(), u.contiguous(), out)
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor | None:
         """η [B, A n] and normal noise [B, A] → values [B, A]."""
         if not self._fits(eta) or not _plain(noise) or noise.shape != (eta.shape[0], self.components):
             return None
         out = torch.empty_like(noise, memory_format=torch.contiguous_format)
-        sizes = noise.numel(), self.components, self.bins
         return self._call(
-            _LIBRARY.ordinal_sample, sizes, eta.contiguous(), noise.contiguous(), self.low, self.width, out
+            _LIBRARY.ordinal_sample, eta.shape[0], eta.contiguous(), noise.contiguous(), self.low, self.width, out
         )
 
     def _fits(self, eta: Tensor) -> bool:
         return takes(eta) and eta.dim() == 2 and eta.shape[1] == self.components * self.bins
 
-    def _call(self, function: Any, sizes: tuple[int, ...], *tensors: Tensor) -> Tensor:
-        out = tensors[-1]
-        work = out.new_empty(_LIBRARY.mlp_padded(1) * self.bins)
-        function(*sizes, *(tensor.data_ptr() for tensor in (*tensors, work)))
-        return out
+    def _call(self, function: Any, rows: int, *tensors: Tensor) -> Tensor:
+        work = torch.empty(MOST_THREADS * MOST_LANES * self.bins)
+        addresses = [tensor.data_ptr() for tensor in (*tensors, work)]
+        function(rows, self.components, self.bins, *addresses, _threads())
+        return tensors[-1]
 
 
 def takes_vectors(*vectors: Tensor) -> bool:

@@ -1,4 +1,4 @@
-/* A multilayer perceptron, products with its Jacobian, and its fit by Adam; float32, one thread.
+/* A multilayer perceptron, products with its Jacobian, and its fit by Adam; float32.
  *
  * The formulas are those of `trpo/networks.py`, which is also what the tests compare this file with. It is here because
  * at TRPO's sizes (thousands of rows, layers of 64) a BLAS library spends most of its time around the arithmetic. Three
@@ -6,13 +6,20 @@
  * layers stays in the first two levels of cache; bias and sums of two products start in the registers of the product;
  * and nothing is allocated.
  *
+ * Threads share blocks of rows, or rows of a gradient: every number is computed in one order, however many there are.
+ *
  * Conventions. Row-major. Widths are padded with zeros to whole vectors, `pad(n)`, in everything that is not the
  * caller's. Parameters come as W_0, b_0, W_1, b_1, …, W_l [n_{l+1}, n_l]; gradients and tangents as one vector in that
  * order. Layer l maps h_l to z_{l+1} = h_l W_lᵀ + b_l, and h_{l+1} = σ(z_{l+1}) but for the last one.
  */
 
 #include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <string.h>
+#include <time.h>
 
 #if defined(__ARM_FEATURE_SVE) && defined(__linux__)
 #include <sys/auxv.h>
@@ -30,7 +37,7 @@ enum { LANES = 8, WIDE = 2, TALL = 6, TALLER = 12 };
 enum { LANES = 4, WIDE = 2, TALL = 6, TALLER = 12 };
 #endif
 
-enum { BLOCK = 128, STRIP = 16, MOST_LAYERS = 16 };
+enum { BLOCK = 128, GROUP = 16 * BLOCK, STRIP = 16, MOST_LAYERS = 16, MOST_THREADS = 8 };
 enum { TANH = 0, RELU = 1 };
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
@@ -168,6 +175,138 @@ static void times_slope(int activation, const float *restrict h, float *restrict
         for (long i = 0; i < count; i++) t[i] *= h[i] > 0 ? 1 : 0;
 }
 
+/* ------------------------------------------------------------------------------------------------- threads ---- */
+
+/* Helpers of whoever calls, made when they are first wanted. One that has nothing to do stays awake for a moment, since
+ * the next product follows within it, and then sleeps. A forked process has none of them, and makes its own. */
+
+enum { AWAKE_NS = 300000 };
+
+/* Part `part` of a task, by thread `rank`: what it needs for itself alone is told from other threads' by that. */
+typedef void (*Part)(const void *task, long part, int rank);
+
+typedef struct {
+    _Alignas(64) atomic_uint asked; /* rises with each task */
+    atomic_uint done;               /* the last one that is */
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+} Helper;
+
+static struct {
+    pthread_mutex_t taken; /* by one caller at a time */
+    int count;             /* of helpers that run */
+    Helper helpers[MOST_THREADS - 1];
+    Part part;
+    const void *task;
+    long parts;
+    _Alignas(64) atomic_long next;
+} team;
+
+static inline void pause_(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static long long now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+/* Whoever is free takes the next part. */
+static void take_parts(int rank)
+{
+    for (long i; (i = atomic_fetch_add(&team.next, 1)) < team.parts;) team.part(team.task, i, rank);
+}
+
+static void *help(void *number)
+{
+    const int rank = (int)(long)number;
+    Helper *self = &team.helpers[rank - 1];
+    for (unsigned seen = 0;; seen++) {
+        for (const long long start = now_ns(); atomic_load(&self->asked) == seen && now_ns() - start < AWAKE_NS;)
+            for (int i = 0; i < 64 && atomic_load(&self->asked) == seen; i++) pause_();
+        if (atomic_load(&self->asked) == seen) {
+            pthread_mutex_lock(&self->lock);
+            while (atomic_load(&self->asked) == seen) pthread_cond_wait(&self->wake, &self->lock);
+            pthread_mutex_unlock(&self->lock);
+        }
+        take_parts(rank);
+        atomic_store(&self->done, seen + 1);
+    }
+    return NULL;
+}
+
+static void forget_helpers(void)
+{
+    memset(&team, 0, sizeof team);
+    pthread_mutex_init(&team.taken, NULL);
+}
+
+static void found_team(void)
+{
+    forget_helpers();
+    pthread_atfork(NULL, NULL, forget_helpers);
+}
+
+/* Helpers there are, of those wanted. Signals are for the threads of the program. */
+static int helpers(int wanted)
+{
+    sigset_t every, before;
+    pthread_attr_t detached;
+    pthread_t thread;
+    if (team.count >= wanted) return wanted;
+    sigfillset(&every);
+    pthread_sigmask(SIG_SETMASK, &every, &before);
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    for (; team.count < wanted; team.count++) {
+        pthread_mutex_init(&team.helpers[team.count].lock, NULL);
+        pthread_cond_init(&team.helpers[team.count].wake, NULL);
+        if (pthread_create(&thread, &detached, help, (void *)(long)(team.count + 1))) break;
+    }
+    pthread_attr_destroy(&detached);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return team.count;
+}
+
+/* All parts of a task, by up to so many threads; by the caller alone while another one has the helpers. */
+static void share(int threads, Part part, const void *task, long parts)
+{
+    static pthread_once_t founded = PTHREAD_ONCE_INIT;
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads > parts) threads = (int)parts;
+    if (threads > 1) pthread_once(&founded, found_team);
+    if (threads <= 1 || pthread_mutex_trylock(&team.taken)) {
+        for (long i = 0; i < parts; i++) part(task, i, 0);
+        return;
+    }
+    const int asked = helpers(threads - 1);
+    team.part = part;
+    team.task = task;
+    team.parts = parts;
+    atomic_store(&team.next, 0);
+    for (int i = 0; i < asked; i++) {
+        Helper *helper = &team.helpers[i];
+        pthread_mutex_lock(&helper->lock);
+        atomic_fetch_add(&helper->asked, 1);
+        pthread_cond_signal(&helper->wake);
+        pthread_mutex_unlock(&helper->lock);
+    }
+    take_parts(0);
+    for (int i = 0; i < asked; i++) {
+        Helper *helper = &team.helpers[i];
+        for (long spins = 0; atomic_load(&helper->done) != atomic_load(&helper->asked); spins++)
+            spins < 10000 ? pause_() : (void)sched_yield();
+    }
+    pthread_mutex_unlock(&team.taken);
+}
+
 /* ------------------------------------------------------------------------------------------------- networks ---- */
 
 /* Where things lie in the caller's workspace, in floats. */
@@ -178,9 +317,16 @@ typedef struct {
     long turned_tangent[MOST_LAYERS];  /* the same of a tangent or, before it is put in order, gradient Σ δᵀh */
     long bias[MOST_LAYERS], bias_tangent[MOST_LAYERS];
     long input[MOST_LAYERS];           /* h_l    [rows, pad(n_l)] */
-    long block[2];                     /* two    [up to BLOCK, pad(widest)] */
+    long delta[MOST_LAYERS];           /* δ_l    [up to GROUP, pad(n_{l+1})], the way back from u */
+    long block[2];                     /* two    [up to BLOCK, pad(widest)] for each thread */
+    long apart;                        /* from one thread's to the next one's */
     long total;
 } Plan;
+
+static inline long blocks(long rows) { return (rows + BLOCK - 1) / BLOCK; }
+
+/* Rows that are in a workspace at once, of so many that are not kept. */
+static inline long passing(long rows) { return least(rows, MOST_THREADS * BLOCK); }
 
 static Plan plan(const long *widths, int layers, long rows)
 {
@@ -199,8 +345,11 @@ static Plan plan(const long *widths, int layers, long rows)
         PLACE(bias[l], out);
         PLACE(bias_tangent[l], out);
         PLACE(input[l], rows * in);
+        PLACE(delta[l], least(rows, GROUP) * out);
     }
-    for (int i = 0; i < 2; i++) PLACE(block[i], least(rows, BLOCK) * widest);
+    p.apart = 2 * least(rows, BLOCK) * widest;
+    PLACE(block[0], least(MOST_THREADS, blocks(rows)) * p.apart);
+    p.block[1] = p.block[0] + p.apart / 2;
 #undef PLACE
     p.total = at;
     return p;
@@ -248,16 +397,13 @@ static void through(const Plan *p, int l, long rows, const float *h, const float
     product(rows, out, p->n[l], h, pad(p->n[l]), 1, turned, out, bias ? bias : c, bias ? 0 : out, c, out);
 }
 
-/* Back to the layer before, for a block of rows: next = (δ W) σ′, and the two change places. */
-static void back(const Plan *p, int l, int activation, long rows, const float *h, float **delta, float **next,
+/* Back to the layer before, for a block of rows: before = (δ W) σ′. */
+static void back(const Plan *p, int l, int activation, long rows, const float *h, const float *delta, float *before,
                  const float *work)
 {
     const long in = pad(p->n[l]);
-    product(rows, in, p->n[l + 1], *delta, pad(p->n[l + 1]), 1, work + p->weight[l], in, NULL, 0, *next, in);
-    times_slope(activation, h, *next, rows * in);
-    float *done = *next;
-    *next = *delta;
-    *delta = done;
+    product(rows, in, p->n[l + 1], delta, pad(p->n[l + 1]), 1, work + p->weight[l], in, NULL, 0, before, in);
+    times_slope(activation, h, before, rows * in);
 }
 
 /* sum [width] ← sum + Σ of the rows. */
@@ -271,7 +417,7 @@ static void add_rows(const float *from, long rows, long width, float *sum)
 }
 
 /* Of the functions here and their arguments: `trpo/native/__init__.py` has the same number. */
-int mlp_version(void) { return 3; }
+int mlp_version(void) { return 4; }
 
 /* Whether this processor has the instructions that this file was compiled to. */
 int mlp_runs_here(void)
@@ -293,6 +439,7 @@ int mlp_runs_here(void)
 /* Floats of a workspace for so many rows. */
 long mlp_workspace(const long *widths, int layers, long rows) { return plan(widths, layers, rows).total; }
 long mlp_padded(long width) { return pad(width); }
+long mlp_passing(long rows) { return passing(rows); }
 
 /* Weights and biases into the workspace: turned for the way forward, and with `keep` as they are for the way back. */
 static void take_parameters(const Plan *p, int layers, const float *const *parameters, int keep, float *work)
@@ -304,107 +451,160 @@ static void take_parameters(const Plan *p, int layers, const float *const *param
     }
 }
 
-/* All layers for a block of `count` rows, the workspace's from `at` on, whose inputs are there. */
-static void forward_block(const Plan *p, int layers, int activation, long at, long count, float *out, float *work)
+/* What the functions below share among threads. Part i of it is a block of rows, but for `gradient_part`. */
+typedef struct {
+    const Plan *p;
+    int layers, activation;
+    long rows;
+    const float *x;                            /* [rows, n_0] */
+    const double *raw, *shift, *scale;         /* or before it is normalised: clip((raw − shift) · scale, ±clip) */
+    double clip;
+    const float *u;                            /* [rows, n_L] */
+    float *out;                                /* [rows, n_L] */
+    float *work;
+    int keep;                                  /* all rows, or those of the block that a thread is at */
+    long row, stop;                            /* of the rows that are at hand in δ */
+    int strips;                                /* of each layer's gradient */
+} Task;
+
+/* All layers for a block of rows. */
+static void forward_part(const void *task, long part, int rank)
 {
-    for (int l = 0; l < layers; l++) {
-        const int last = l == layers - 1;
+    const Task *t = task;
+    const Plan *p = t->p;
+    const long row = part * BLOCK, count = least(BLOCK, t->rows - row), at = t->keep ? row : rank * BLOCK;
+    const long in = pad(p->n[0]);
+    float *input = t->work + p->input[0] + at * in, *z = t->work + p->block[0] + rank * p->apart;
+    if (t->raw)
+        for (long i = 0; i < count; i++)
+            for (long j = 0; j < p->n[0]; j++) {
+                const double y = (t->raw[(row + i) * p->n[0] + j] - t->shift[j]) * t->scale[j]; /* NaN passes on */
+                input[i * in + j] = (float)(y < -t->clip ? -t->clip : y > t->clip ? t->clip : y);
+            }
+    else
+        widen(t->x + row * p->n[0], count, p->n[0], input);
+    for (int l = 0; l < t->layers; l++) {
         const long width = pad(p->n[l + 1]);
-        float *z = last ? work + p->block[0] : work + p->input[l + 1] + at * width;
-        const float *h = work + p->input[l] + at * pad(p->n[l]);
-        through(p, l, count, h, work + p->turned[l], work + p->bias[l], z);
-        if (!last) activate(activation, z, count * width);
+        const float *h = t->work + p->input[l] + at * pad(p->n[l]);
+        float *next = l < t->layers - 1 ? t->work + p->input[l + 1] + at * width : z;
+        through(p, l, count, h, t->work + p->turned[l], t->work + p->bias[l], next);
+        if (l < t->layers - 1) activate(t->activation, next, count * width);
     }
-    narrow(work + p->block[0], count, p->n[layers], out);
+    narrow(z, count, p->n[t->layers], t->out + row * p->n[t->layers]);
 }
 
 /* f(θ) [rows, n_L] of x [rows, n_0]. With `keep`, what the products below need stays in the workspace of `rows` rows;
- * without, one of BLOCK rows, or of as many as there are, is enough. */
+ * without, one of `mlp_passing` rows is enough. */
 void mlp_forward(const long *widths, int layers, int activation, const float *const *parameters, const float *x,
-                 long rows, int keep, float *out, float *work)
+                 long rows, int keep, float *out, float *work, int threads)
 {
-    const Plan p = plan(widths, layers, keep ? rows : least(rows, BLOCK));
+    const Plan p = plan(widths, layers, keep ? rows : passing(rows));
+    const Task task = {&p, layers, activation, rows, .x = x, .out = out, .work = work, .keep = keep};
     take_parameters(&p, layers, parameters, keep, work);
-    for (long row = 0; row < rows; row += BLOCK) {
-        const long count = least(BLOCK, rows - row), at = keep ? row : 0;
-        widen(x + row * p.n[0], count, p.n[0], work + p.input[0] + at * pad(p.n[0]));
-        forward_block(&p, layers, activation, at, count, out + row * p.n[layers], work);
-    }
+    share(threads, forward_part, &task, blocks(rows));
 }
 
-/* A network that stays as it is for a while: its parameters into a workspace of BLOCK rows, for `mlp_act`. */
+/* A network that stays as it is for a while: its parameters into a workspace for any number of passing rows, for
+ * `mlp_act`. */
 void mlp_freeze(const long *widths, int layers, const float *const *parameters, float *work)
 {
-    const Plan p = plan(widths, layers, BLOCK);
+    const Plan p = plan(widths, layers, MOST_THREADS * BLOCK);
     take_parameters(&p, layers, parameters, 0, work);
 }
 
 /* f [rows, n_L] of clip((x − shift) · scale, ±clip), x [rows, n_0], by the parameters that `mlp_freeze` took. */
 void mlp_act(const long *widths, int layers, int activation, const double *x, const double *shift, const double *scale,
-             double clip, long rows, float *out, float *work)
+             double clip, long rows, float *out, float *work, int threads)
 {
-    const Plan p = plan(widths, layers, BLOCK);
-    const long in = pad(p.n[0]);
-    for (long row = 0; row < rows; row += BLOCK) {
-        const long count = least(BLOCK, rows - row);
-        float *input = work + p.input[0];
-        for (long i = 0; i < count; i++) {
-            for (long j = 0; j < p.n[0]; j++) {
-                const double z = (*x++ - shift[j]) * scale[j]; /* NaN passes, here and on */
-                input[i * in + j] = (float)(z < -clip ? -clip : z > clip ? clip : z);
-            }
-        }
-        forward_block(&p, layers, activation, 0, count, out + row * p.n[layers], work);
+    const Plan p = plan(widths, layers, MOST_THREADS * BLOCK);
+    const Task task = {&p, layers, activation, rows, .raw = x, .shift = shift, .scale = scale, .clip = clip,
+                       .out = out, .work = work};
+    share(threads, forward_part, &task, blocks(rows));
+}
+
+static void jvp_part(const void *task, long part, int rank)
+{
+    const Task *t = task;
+    const Plan *p = t->p;
+    const long row = part * BLOCK, count = least(BLOCK, t->rows - row);
+    float *tangent = t->work + p->block[0] + rank * p->apart, *next = t->work + p->block[1] + rank * p->apart;
+    for (int l = 0; l < t->layers; l++) {
+        const float *h = t->work + p->input[l] + row * pad(p->n[l]);
+        const long width = pad(p->n[l + 1]);
+        through(p, l, count, h, t->work + p->turned_tangent[l], t->work + p->bias_tangent[l], next);
+        if (l) through(p, l, count, tangent, t->work + p->turned[l], NULL, next);
+        if (l < t->layers - 1)
+            times_slope(t->activation, t->work + p->input[l + 1] + row * width, next, count * width);
+        float *done = next;
+        next = tangent;
+        tangent = done;
     }
+    narrow(tangent, count, p->n[t->layers], t->out + row * p->n[t->layers]);
 }
 
 /* Jv [rows, n_L] of a tangent v of the parameters: dz = h dWᵀ + dh Wᵀ + db. */
-void mlp_jvp(const long *widths, int layers, int activation, const float *v, long rows, float *out, float *work)
+void mlp_jvp(const long *widths, int layers, int activation, const float *v, long rows, float *out, float *work,
+             int threads)
 {
     const Plan p = plan(widths, layers, rows);
+    const Task task = {&p, layers, activation, rows, .out = out, .work = work};
     for (int l = 0; l < layers; l++) {
         turn(v, p.n[l + 1], p.n[l], work + p.turned_tangent[l]);
         v += p.n[l + 1] * p.n[l];
         widen(v, 1, p.n[l + 1], work + p.bias_tangent[l]);
         v += p.n[l + 1];
     }
-    for (long row = 0; row < rows; row += BLOCK) {
-        const long count = least(BLOCK, rows - row);
-        float *tangent = work + p.block[0], *next = work + p.block[1];
-        for (int l = 0; l < layers; l++) {
-            const float *h = work + p.input[l] + row * pad(p.n[l]);
-            const long width = pad(p.n[l + 1]);
-            through(&p, l, count, h, work + p.turned_tangent[l], work + p.bias_tangent[l], next);
-            if (l) through(&p, l, count, tangent, work + p.turned[l], NULL, next);
-            if (l < layers - 1) times_slope(activation, work + p.input[l + 1] + row * width, next, count * width);
-            float *done = next;
-            next = tangent;
-            tangent = done;
-        }
-        narrow(tangent, count, p.n[layers], out + row * p.n[layers]);
+    share(threads, jvp_part, &task, blocks(rows));
+}
+
+/* δ of all layers, for a block of the rows at hand. */
+static void back_part(const void *task, long part, int rank)
+{
+    const Task *t = task;
+    const Plan *p = t->p;
+    const long at = part * BLOCK, row = t->row + at, count = least(BLOCK, t->stop - row), last = t->layers - 1;
+    (void)rank;
+    widen(t->u + row * p->n[last + 1], count, p->n[last + 1], t->work + p->delta[last] + at * pad(p->n[last + 1]));
+    for (int l = (int)last; l; l--) {
+        const long in = pad(p->n[l]);
+        back(p, l, t->activation, count, t->work + p->input[l] + row * in,
+             t->work + p->delta[l] + at * pad(p->n[l + 1]), t->work + p->delta[l - 1] + at * in, t->work);
+    }
+}
+
+/* Some rows of the gradient of one layer's weights, and with the first of them its biases': block by block of the rows
+ * at hand, for which it makes no difference to a number how many parts there are. */
+static void gradient_part(const void *task, long part, int rank)
+{
+    const Task *t = task;
+    const Plan *p = t->p;
+    const int l = t->layers - 1 - (int)(part / t->strips);
+    const long strip = part % t->strips, in = pad(p->n[l]), width = pad(p->n[l + 1]);
+    const long from = strip * p->n[l + 1] / t->strips, to = (strip + 1) * p->n[l + 1] / t->strips;
+    float *weight = t->work + p->turned_tangent[l] + from * in;
+    (void)rank;
+    for (long row = t->row; row < t->stop; row += BLOCK) {
+        const long count = least(BLOCK, t->stop - row);
+        const float *delta = t->work + p->delta[l] + (row - t->row) * width, *h = t->work + p->input[l] + row * in;
+        product(to - from, in, count, delta + from, 1, width, h, in, weight, in, weight, in);
+        if (!strip) add_rows(delta, count, width, t->work + p->bias_tangent[l]);
     }
 }
 
 /* Jᵀu, summed over rows, of u [rows, n_L]: dW = Σ δᵀh, db = Σ δ, δ ← (δ W) σ′. */
-void mlp_vjp(const long *widths, int layers, int activation, const float *u, long rows, float *out, float *work)
+void mlp_vjp(const long *widths, int layers, int activation, const float *u, long rows, float *out, float *work,
+             int threads)
 {
     const Plan p = plan(widths, layers, rows);
+    Task task = {&p, layers, activation, rows, .u = u, .work = work, .strips = threads};
     for (int l = 0; l < layers; l++) {
         memset(work + p.turned_tangent[l], 0, sizeof(float) * (size_t)(p.n[l + 1] * pad(p.n[l])));
         memset(work + p.bias_tangent[l], 0, sizeof(float) * (size_t)pad(p.n[l + 1]));
     }
-    for (long row = 0; row < rows; row += BLOCK) {
-        const long count = least(BLOCK, rows - row);
-        float *delta = work + p.block[0], *next = work + p.block[1];
-        widen(u + row * p.n[layers], count, p.n[layers], delta);
-        for (int l = layers - 1; l >= 0; l--) {
-            const long in = pad(p.n[l]), width = pad(p.n[l + 1]);
-            const float *h = work + p.input[l] + row * in;
-            float *weight = work + p.turned_tangent[l];
-            product(p.n[l + 1], in, count, delta, 1, width, h, in, weight, in, weight, in);
-            add_rows(delta, count, width, work + p.bias_tangent[l]);
-            if (l) back(&p, l, activation, count, h, &delta, &next, work);
-        }
+    for (; task.row < rows; task.row = task.stop) {
+        task.stop = least(rows, task.row + (threads > 1 ? GROUP : BLOCK));
+        share(threads, back_part, &task, blocks(task.stop - task.row));
+        share(threads, gradient_part, &task, (long)layers * task.strips);
     }
     for (int l = 0; l < layers; l++) {
         narrow(work + p.turned_tangent[l], p.n[l + 1], p.n[l], out);
@@ -434,6 +634,7 @@ static void mirror(long n, float *sum, long sum_row)
 void mlp_factors(const long *widths, int layers, int activation, const float *u, long rows, float *out, float *work)
 {
     const Plan p = plan(widths, layers, rows);
+    Task task = {&p, layers, activation, rows, .u = u, .work = work};
     float *inputs[MOST_LAYERS], *outputs[MOST_LAYERS];
     for (int l = 0; l < layers; l++) {
         inputs[l] = out;
@@ -443,15 +644,15 @@ void mlp_factors(const long *widths, int layers, int activation, const float *u,
     }
     for (long row = 0; row < rows; row += BLOCK) {
         const long count = least(BLOCK, rows - row);
-        float *delta = work + p.block[0], *next = work + p.block[1];
-        widen(u + row * p.n[layers], count, p.n[layers], delta);
+        task.row = row;
+        task.stop = row + count;
+        back_part(&task, 0, 0);
         for (int l = layers - 1; l >= 0; l--) {
             const long n = p.n[l], in = pad(n), wide = pad(n + 1), width = pad(p.n[l + 1]);
-            const float *h = work + p.input[l] + row * in;
+            const float *h = work + p.input[l] + row * in, *delta = work + p.delta[l];
             add_squares(n, count, h, in, inputs[l], wide);
             add_rows(h, count, in, inputs[l] + n * wide);
             add_squares(p.n[l + 1], count, delta, width, outputs[l], width);
-            if (l) back(&p, l, activation, count, h, &delta, &next, work);
         }
     }
     for (int l = 0; l < layers; l++) {
@@ -494,9 +695,9 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
     for (int i = 0; i < minibatches; i++) {
         const long outputs = rows[i] * widths[layers];
         const float scale = 2.0f / (float)rows[i];
-        mlp_forward(widths, layers, activation, parameters, x, rows[i], 1, error, work);
+        mlp_forward(widths, layers, activation, parameters, x, rows[i], 1, error, work, 1);
         for (long j = 0; j < outputs; j++) error[j] = (error[j] - y[j]) * scale;
-        mlp_vjp(widths, layers, activation, error, rows[i], gradient, work);
+        mlp_vjp(widths, layers, activation, error, rows[i], gradient, work, 1);
         adam_step(size, theta, gradient, mean, square, beta1, beta2, epsilon[i], rate[i]);
         x += rows[i] * widths[0];
         y += outputs;
@@ -505,8 +706,19 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
 
 /* --------------------------------------------------------------------------------------- ordinal policies ---- */
 
-/* Each of `count` components has n values in order, log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const. η, and what is dual to
- * it, comes as [count, n], what belongs to values as [n, count]; `work` holds n vectors. */
+/* Each of `components` of each row has n values in order, log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const. η, and what is
+ * dual to it, comes as [count, n], what belongs to values as [n, count], of all rows' components one after the other;
+ * `work` holds n vectors for each thread. */
+
+enum { COMPONENTS = 32 * LANES }; /* in a part of a task */
+
+typedef struct {
+    long count, n, components;
+    const float *eta, *p, *noise, *low, *width;
+    float *out, *work;
+} Components;
+
+static inline long parts_of(long count) { return (count + COMPONENTS - 1) / COMPONENTS; }
 
 /* Of up to LANES components, from `from` on: logit i of η − logit 0, value by value in `work`. Returns the largest, or NaN
  * if one is not finite: comparisons alone would take such a policy for a certain one. */
@@ -537,66 +749,96 @@ static vec exponentials(long n, vec top, float *x)
     return total;
 }
 
-/* log p [n, count] of η. */
-void ordinal_log_probabilities(long count, long n, const float *eta, float *out, float *work)
+static void log_probabilities_part(const void *task, long part, int rank)
 {
-    for (long from = 0; from < count; from += LANES) {
-        const int lanes = (int)least(LANES, count - from);
-        const vec top = logits(from, lanes, n, eta, work);
+    const Components c = *(const Components *)task;
+    float *work = c.work + rank * c.n * LANES;
+    const long stop = least(c.count, (part + 1) * COMPONENTS);
+    for (long from = part * COMPONENTS; from < stop; from += LANES) {
+        const int lanes = (int)least(LANES, stop - from);
+        const vec top = logits(from, lanes, c.n, c.eta, work);
         float high[LANES], total[LANES];
         store(high, top);
-        for (long i = 0; i < n; i++)
-            for (int k = 0; k < lanes; k++) out[i * count + from + k] = work[i * LANES + k] - high[k];
-        store(total, exponentials(n, top, work));
+        for (long i = 0; i < c.n; i++)
+            for (int k = 0; k < lanes; k++) c.out[i * c.count + from + k] = work[i * LANES + k] - high[k];
+        store(total, exponentials(c.n, top, work));
         for (int k = 0; k < lanes; k++) total[k] = logf(total[k]);
-        for (long i = 0; i < n; i++)
-            for (int k = 0; k < lanes; k++) out[i * count + from + k] -= total[k];
+        for (long i = 0; i < c.n; i++)
+            for (int k = 0; k < lanes; k++) c.out[i * c.count + from + k] -= total[k];
+    }
+}
+
+/* log p [n, count] of η. */
+void ordinal_log_probabilities(long rows, long components, long n, const float *eta, float *out, float *work,
+                               int threads)
+{
+    const Components task = {rows * components, n, components, .eta = eta, .out = out, .work = work};
+    share(threads, log_probabilities_part, &task, parts_of(task.count));
+}
+
+static void metric_part(const void *task, long part, int rank)
+{
+    const Components c = *(const Components *)task;
+    float *work = c.work + rank * c.n * LANES;
+    const long stop = least(c.count, (part + 1) * COMPONENTS);
+    for (long from = part * COMPONENTS; from < stop; from += LANES) {
+        const int lanes = (int)least(LANES, stop - from);
+        float here[LANES] = {0};
+        vec mean = all(0), above = all(0), tilt = all(0);
+        logits(from, lanes, c.n, c.eta, work);
+        for (long i = 0; i < c.n; i++) {
+            for (int k = 0; k < lanes; k++) here[k] = c.p[i * c.count + from + k];
+            mean += load(here) * load(work + i * LANES);
+        }
+        for (long i = c.n - 1; i > 0; i--) {
+            for (int k = 0; k < lanes; k++) here[k] = c.p[i * c.count + from + k];
+            above += load(here) * (load(work + i * LANES) - mean);
+            tilt += above;
+            store(here, above);
+            for (int k = 0; k < lanes; k++) c.out[(from + k) * c.n + i] = here[k];
+        }
+        store(here, tilt);
+        for (int k = 0; k < lanes; k++) c.out[(from + k) * c.n] = here[k];
     }
 }
 
 /* C w [count, n] of w_i = p_i (v_i − Σ p v), v = Cᵀ u: the product of u with the Fisher metric in η, p [n, count]. */
-void ordinal_metric(long count, long n, const float *p, const float *u, float *out, float *work)
+void ordinal_metric(long rows, long components, long n, const float *p, const float *u, float *out, float *work,
+                    int threads)
 {
-    for (long from = 0; from < count; from += LANES) {
-        const int lanes = (int)least(LANES, count - from);
-        float here[LANES] = {0};
-        vec mean = all(0), above = all(0), tilt = all(0);
-        logits(from, lanes, n, u, work);
-        for (long i = 0; i < n; i++) {
-            for (int k = 0; k < lanes; k++) here[k] = p[i * count + from + k];
-            mean += load(here) * load(work + i * LANES);
-        }
-        for (long i = n - 1; i > 0; i--) {
-            for (int k = 0; k < lanes; k++) here[k] = p[i * count + from + k];
-            above += load(here) * (load(work + i * LANES) - mean);
-            tilt += above;
-            store(here, above);
-            for (int k = 0; k < lanes; k++) out[(from + k) * n + i] = here[k];
-        }
-        store(here, tilt);
-        for (int k = 0; k < lanes; k++) out[(from + k) * n] = here[k];
-    }
+    const Components task = {rows * components, n, components, .eta = u, .p = p, .out = out, .work = work};
+    share(threads, metric_part, &task, parts_of(task.count));
 }
 
-/* One of the values of each component, low + width · i: so many i as have a cumulated probability below Φ(noise). low
- * and width repeat after so many `components`. */
-void ordinal_sample(long count, long components, long n, const float *eta, const float *noise, const float *low,
-                    const float *width, float *out, float *work)
+static void sample_part(const void *task, long part, int rank)
 {
-    for (long from = 0; from < count; from += LANES) {
-        const int lanes = (int)least(LANES, count - from);
-        const vec total = exponentials(n, logits(from, lanes, n, eta, work), work);
+    const Components c = *(const Components *)task;
+    float *work = c.work + rank * c.n * LANES;
+    const long stop = least(c.count, (part + 1) * COMPONENTS);
+    for (long from = part * COMPONENTS; from < stop; from += LANES) {
+        const int lanes = (int)least(LANES, stop - from);
+        const vec total = exponentials(c.n, logits(from, lanes, c.n, c.eta, work), work);
         float bound[LANES] = {0}, found[LANES] = {0}, below[LANES] = {0};
         store(bound, total);
-        for (int k = 0; k < LANES; k++) bound[k] *= k < lanes ? 0.5f * erfcf(noise[from + k] * -0.70710678f) : 0;
-        for (long i = 0; i < n - 1; i++)
+        for (int k = 0; k < LANES; k++) bound[k] *= k < lanes ? 0.5f * erfcf(c.noise[from + k] * -0.70710678f) : 0;
+        for (long i = 0; i < c.n - 1; i++)
             for (int k = 0; k < LANES; k++) {
                 below[k] += work[i * LANES + k];
                 found[k] += below[k] < bound[k] ? 1 : 0;
             }
         for (int k = 0; k < lanes; k++) {
-            const long c = (from + k) % components;
-            out[from + k] = low[c] + width[c] * (found[k] + 0 * bound[k]);
+            const long a = (from + k) % c.components;
+            c.out[from + k] = c.low[a] + c.width[a] * (found[k] + 0 * bound[k]);
         }
     }
+}
+
+/* One of the values of each component, low + width · i: so many i as have a cumulated probability below Φ(noise). low
+ * and width are the same for every row. */
+void ordinal_sample(long rows, long components, long n, const float *eta, const float *noise, const float *low,
+                    const float *width, float *out, float *work, int threads)
+{
+    const Components task = {rows * components, n, components, .eta = eta, .noise = noise, .low = low, .width = width,
+                             .out = out, .work = work};
+    share(threads, sample_part, &task, parts_of(task.count));
 }

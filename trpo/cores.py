@@ -1,4 +1,4 @@
-"""How many workers environments get."""
+"""How many workers environments and threads updates get."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_MOST_THREADS = 4  # of an update, unless more are asked for: a batch of 2048 is soon too little to share
 
 
 def worker_count(requested: int, num_envs: int) -> int:
     """Workers to use: those requested, or one per core left to this process; never more than environments."""
-    if requested == 0:
-        requested = max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return min(requested, num_envs)
+    return min(requested or _own_cores(), num_envs)
+
+
+def update_threads(requested: int) -> int:
+    """Threads of an update: those requested, or one per core left to this process, within reason."""
+    return requested or min(_own_cores(), _MOST_THREADS)
+
+
+def _own_cores() -> int:
+    """Usable cores, shared evenly among the processes on this machine that `LOCAL_WORLD_SIZE` counts."""
+    return max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _usable_cores() -> int:
