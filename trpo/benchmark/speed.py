@@ -35,6 +35,7 @@ SETUPS: dict[str, dict[str, dict[str, Any]]] = {
         "envpool × 16, 1 worker": {"backend": "envpool", "num_envs": 16, "workers": 1},
         "gymnasium × 16, 2 threads": {"backend": "gymnasium", "num_envs": 16, "threads": 2},
         "mujoco × 16, 2 workers, 2 threads": {"backend": "mujoco", "num_envs": 16, "workers": 2, "threads": 2},
+        "mujoco × 64, 2 workers, 2 threads": {"backend": "mujoco", "num_envs": 64, "workers": 2, "threads": 2},
         "envpool × 16, 2 workers, 2 threads": {"backend": "envpool", "num_envs": 16, "workers": 2, "threads": 2},
     },
     "sb3-contrib": {
@@ -42,9 +43,11 @@ SETUPS: dict[str, dict[str, dict[str, Any]]] = {
         "SubprocVecEnv × 8": {"num_envs": 8, "subprocesses": True},
         **{f"DummyVecEnv × {n}": {"num_envs": n} for n in (1, 2)},
         "DummyVecEnv × 16, 2 threads": {"num_envs": 16, "threads": 2},
+        "DummyVecEnv × 64": {"num_envs": 64},
+        "DummyVecEnv × 64, 2 threads": {"num_envs": 64, "threads": 2},
     },
-    "tianshou": {"DummyVectorEnv × 16": {"num_envs": 16}},
-    "skrl": {"SyncVectorEnv × 16": {"num_envs": 16}},
+    "tianshou": {f"DummyVectorEnv × {n}": {"num_envs": n} for n in (16, 64)},
+    "skrl": {f"SyncVectorEnv × {n}": {"num_envs": n} for n in (16, 64)},
 }
 # The same of what each is trained with where returns are compared, other work for each.
 RECIPE_TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
