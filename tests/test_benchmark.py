@@ -15,7 +15,7 @@ import torch
 
 from trpo.benchmark import peer_learning
 from trpo.benchmark.learning import load_results, plan, run, write_tables
-from trpo.benchmark.side_by_side import side_by_side
+from trpo.benchmark.side_by_side import OUR_ROW, side_by_side
 from trpo.config_file import load_config
 from trpo.cores import worker_count
 from trpo.errors import UserError
@@ -157,7 +157,7 @@ def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) 
         compare()
     # 400 steps at 40 a second are 10 s, in which they come to 250: the evaluation at 200 is their last by then.
     rows = {
-        "trpo, mujoco × 16, 1 worker": [40.0, 40.0, 40.0],
+        OUR_ROW: [40.0, 40.0, 40.0],
         "trpo, gymnasium": [90.0] * 3,
         "them, zoo": [20, 25, 25],
     }

@@ -62,7 +62,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "envpool × 16, 2 workers, 2 threads",
         )
     },
-    "sb3-contrib": {f"rl-zoo, DummyVecEnv × {peer_learning.ENVS}": {"num_envs": peer_learning.ENVS}},
+    "sb3-contrib": {
+        f"rl-zoo, DummyVecEnv × {peer_learning.ENVS}": {"num_envs": peer_learning.ENVS},
+        f"rl-zoo, DummyVecEnv × {peer_learning.ENVS}, 2 threads": {"num_envs": peer_learning.ENVS, "threads": 2},
+    },
 }
 MEMORY_SETUPS = {  # 16 environments in the process itself
     OURS: "gymnasium × 16",

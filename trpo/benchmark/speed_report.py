@@ -24,11 +24,11 @@ of 16 minibatches for the critic. A whole update of ours, Tianshou's and skrl's 
 of ours statistics for the log as well; sb3-contrib computes them during the rollout, uncounted. Tianshou's critic knows
 no minibatches and takes 10 steps on the whole batch: a sixteenth of the optimiser's steps. Training of ours includes
 run directory, CSV and TensorBoard; of the others no logging. Random stepping draws its actions beforehand. With two
-threads an update of ours fits the value function beside the policy's step, and shares rows for what is left of that; the
-others' share their matrix products.
-With their own recipes contenders do different work: ours has actions in 11 bins and smaller KL bounds, sb3-contrib the
-settings of rl-zoo, with 25 CG iterations and 20 epochs for the critic. Those rates count in no target. All rates are of
-the first steps of a training, when walkers fall early; steps are transitions, without envpool's resets.
+threads an update of ours fits the value function beside the policy's step, and shares rows for what is then left of it;
+the others' share their matrix products. With their own recipes contenders do different work: ours has actions in 11
+bins and smaller KL bounds, sb3-contrib the settings of rl-zoo, with 25 CG iterations and 20 epochs for the critic.
+Those rates count in no target. All rates are of the first steps of a training, when walkers fall early; steps are
+transitions, without envpool's resets.
 """
 
 
