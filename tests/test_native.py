@@ -139,7 +139,7 @@ def test_what_is_not_finite_stays_so_and_in_its_row(activation: str) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @torch.no_grad()
-def test_a_frozen_network_normalises_and_keeps_to_its_parameters(
+def test_a_network_in_a_rollout_normalises_and_keeps_to_its_parameters(
     sizes: tuple[int, ...], rows: int, activation: str
 ) -> None:
     mlp, exact = pair(sizes, activation)
@@ -149,31 +149,51 @@ def test_a_frozen_network_normalises_and_keeps_to_its_parameters(
         0.1 + randn(sizes[0], seed=2).abs(),
         1e3 + 2 * randn(rows, sizes[0]),
     )
-    expected = exact(((x - shift) * scale).clamp(-1.5, 1.5))
-    frozen = mlp.native.frozen(shift, scale, 1.5)
-    for changed in (*mlp.parameters(), shift, scale):
-        changed.mul_(2)
-    assert frozen is not None and (actual := frozen(x)) is not None
-    assert relative_error(actual.double(), expected) <= TOLERANCE
-    x[-1, 0] = math.nan
-    again = frozen(x)
-    assert again is not None and again[-1].isnan().all() and torch.equal(again[:-1], actual[:-1])
+    for dtype in (torch.float64, torch.float32):
+        x = x.to(dtype)
+        expected = exact(((x.double() - shift) * scale).clamp(-1.5, 1.5))
+        obs = torch.full((3, *x.shape), math.nan, dtype=dtype)
+        actor = mlp.native.actor(shift, scale, 1.5, obs)
+        parameters = [p.clone() for p in mlp.parameters()]
+        for changed in (*mlp.parameters(), shift, scale):
+            changed.mul_(2)
+        obs[1] = obs[2] = x
+        obs[2, -1, 0] = math.nan
+        assert actor is not None
+        actual, again = actor.outputs(1).clone(), actor.outputs(2)
+        assert relative_error(actual.double(), expected) <= TOLERANCE
+        assert again[-1].isnan().all() and torch.equal(again[:-1], actual[:-1])
+        assert actor.outputs(0).isnan().all()
+        for changed, before in zip(mlp.parameters(), parameters, strict=True):
+            changed.copy_(before)
+        shift, scale = shift / 2, scale / 2
 
 
 @needs_native
 @torch.no_grad()
-def test_what_cannot_be_frozen_or_does_not_fit_is_left_to_torch() -> None:
-    mlp, exact = pair((3, 20, 2))
-    shift, scale, x = randn(3), randn(3, seed=1), randn(200, 3)
+def test_what_does_not_fit_in_a_rollout_is_left_to_torch() -> None:
+    mlp, exact = pair((3, 20, 6))
+    shift, scale, obs = randn(3), randn(3, seed=1), randn(5, 20, 3)
     assert mlp.native is not None and exact.native is not None
-    frozen = mlp.native.frozen(shift, scale, 1.0)
-    assert frozen is not None and frozen(x) is not None and frozen(x.float()) is not None
-    assert frozen(x[:, :2]) is None and frozen(x[0]) is None
-    with torch.enable_grad():
-        assert frozen(x) is None
-    assert exact.native.frozen(shift, scale, 1.0) is None
+    assert exact.native.actor(shift, scale, 1.0, obs) is None
     for wrong in (shift.float(), shift[:2], shift[:1], torch.cat([shift, shift]), shift[None]):
-        assert mlp.native.frozen(wrong, scale, 1.0) is None and mlp.native.frozen(shift, wrong, 1.0) is None
+        assert mlp.native.actor(wrong, scale, 1.0, obs) is None and mlp.native.actor(shift, wrong, 1.0, obs) is None
+    for wrong in (obs[..., :2], obs[0], obs.transpose(0, 1), obs[:, ::2], obs.half(), obs.to("meta")):
+        assert mlp.native.actor(shift, scale, 1.0, wrong) is None
+    actor = mlp.native.actor(shift, scale, 1.0, obs)
+    assert actor is not None
+    action, std = torch.zeros(5, 20, 6), torch.ones(6)
+    assert actor.draws_normal(std, action, action)
+    for wrong in (action[1:], action[:, 1:], action[..., :3], action.double(), action[0], action[..., ::2]):
+        assert not actor.draws_normal(std, wrong, action) and not actor.draws_normal(std, action, wrong)
+        assert not actor.draws_normal(std, wrong, wrong)
+    assert not actor.draws_normal(std[:3], action, action) and not actor.draws_normal(std.double(), action, action)
+    three, _ = ordinal(3, 2)
+    assert actor.draws_ordinal(three, action[..., :3], action[..., 3:].contiguous())
+    assert not actor.draws_ordinal(three, action[..., :3], action[..., :3])  # whose rows lie apart
+    for components, bins in ((6, 1), (3, 3), (2, 3)):
+        other, _ = ordinal(components, bins)
+        assert not actor.draws_ordinal(other, action[..., :3], action[..., :3].contiguous())
 
 
 def ordinal(components: int, bins: int) -> tuple[native.NativeOrdinal, Ordinal]:
@@ -181,7 +201,7 @@ def ordinal(components: int, bins: int) -> tuple[native.NativeOrdinal, Ordinal]:
     low = randn(components, seed=2).float()
     high = low + 1 + randn(components, seed=3).abs().float()
     family = Ordinal(spaces.Box(low.numpy(), high.numpy()), bins)
-    return family._native, family
+    return family.native, family
 
 
 @pytest.mark.usefixtures("machine")
@@ -295,13 +315,16 @@ def everything(rows: int) -> list[Tensor]:
     with torch.no_grad():
         linearization = mlp.linearize(x)
         assert isinstance(linearization, NativeLinearization) and mlp.native is not None
-        frozen = mlp.native.frozen(randn(17, seed=3), randn(17, seed=4), 2.0)
-        log_p = compiled.log_probabilities(linearization.output)
-        assert frozen is not None and log_p is not None
+        actor = mlp.native.actor(randn(17, seed=3), randn(17, seed=4), 2.0, x[None])
+        log_p, noise = compiled.log_probabilities(linearization.output), randn(1, rows, 3, seed=5).float()
+        action = torch.empty_like(noise)
+        assert actor is not None and log_p is not None
+        assert actor.draws_ordinal(compiled, noise, action)
         found = [
-            *(mlp(x), linearization.output, linearization.jvp(v), linearization.vjp(u), frozen(x), log_p),
+            *(mlp(x), linearization.output, linearization.jvp(v), linearization.vjp(u), actor.outputs(0), log_p),
             compiled.metric(log_p.exp(), u),
-            compiled.sample(linearization.output, randn(rows, 3, seed=5).float()),
+            compiled.sample(linearization.output, noise[0]),
+            action,
         ]
     assert all(isinstance(part, Tensor) and part.isfinite().all() for part in found)
     return [part for part in found if part is not None]

@@ -85,16 +85,15 @@ class Collector:
         white = self.policy.noise(*shape, generator=self.generator).to(self.policy.theta.vector.device)
         self.noise = self._color(white)[:, self.shard]
         self._success.fill_(torch.nan)
-        sample = self.policy.sampler()
-        parts = [*(getattr(out, field.name) for field in fields(Rollout)), self.noise, self._success]
+        act = self.policy.actor(out.obs, self.noise, out.action)
+        parts = [*(getattr(out, field.name) for field in fields(Rollout)), self._success]
         obs = self.obs
         try:
-            for *views, noise, success in _rows(*parts):
+            for t, (*views, success) in enumerate(_rows(*parts)):
                 row = Rollout(*views)
                 row.obs.copy_(obs)
-                action = sample(row.obs.to(noise.device), noise)
-                row.action.copy_(action)
-                step = self.env.step(action)
+                act(t)
+                step = self.env.step(row.action)
                 _store(row, step)
                 if step.success is not None:
                     success.copy_(step.success)

@@ -131,14 +131,14 @@ class Ordinal(_NormalNoise):
         self.param_dim = self.action_dim * bins
         low, high = (torch.as_tensor(bound.ravel(), dtype=torch.float64) for bound in (space.low, space.high))
         self._low, self._width = low, (high - low) / (bins - 1)
-        self._native = NativeOrdinal(self._low, self._width, bins)
+        self.native = NativeOrdinal(self._low, self._width, bins)
         # C [n, n]: how far each parameter of a component raises each logit; the tilt is the sum of all differences.
         above = torch.ones(bins - 1, bins, dtype=torch.float64).triu(1)
         self._raises = torch.cat([above.sum(0, keepdim=True), above])
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""
-        if (compiled := self._native.sample(eta, noise)) is not None:
+        if (compiled := self.native.sample(eta, noise)) is not None:
             return compiled
         p = self._probabilities(eta)
         index = (p.cumsum(0)[:-1] < torch.special.ndtr(noise)).sum(0)
@@ -171,7 +171,7 @@ class Ordinal(_NormalNoise):
         p = self._probabilities(eta)
 
         def product(u: Tensor) -> Tensor:
-            if (compiled := self._native.metric(p, u)) is not None:
+            if (compiled := self.native.metric(p, u)) is not None:
                 return compiled
             v = self._logits(u)
             return self._pull(p * (v - (p * v).sum(0)))
@@ -201,7 +201,7 @@ class Ordinal(_NormalNoise):
 
     def _log_probabilities(self, eta: Tensor) -> Tensor:
         """[B, K] → [n, B, A]"""
-        compiled = self._native.log_probabilities(eta)
+        compiled = self.native.log_probabilities(eta)
         return self._logits(eta).log_softmax(0) if compiled is None else compiled
 
     def _probabilities(self, eta: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trpo.body import make_body, probe
 from trpo.config import PolicyConfig, ValueConfig
 from trpo.errors import ConfigError, raised
-from trpo.native import NativeMlp, checked
+from trpo.native import NativeActor, NativeMlp, checked
 from trpo.normalizer import ObservationNormalizer
 from trpo.parameters import Layout, free_parameters, functional
 
@@ -46,7 +46,7 @@ class Factors(NamedTuple):
 
 
 def frozen(network: nn.Module, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-    """x ↦ network(normalizer(x)) for as long as nothing changes in either: for few rows, often, in one thread.
+    """x ↦ network(normalizer(x)) for as long as nothing changes in either.
 
     A network may offer a `frozen(normalizer)` of its own; it counts where it was written for the network's `forward`,
     that is, for the same class.
@@ -114,16 +114,10 @@ class MLP(nn.Module):
             x = act(layer(x))
         return head(x)
 
-    def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """See `frozen`."""
-        affine = normalizer.affine if type(normalizer) is ObservationNormalizer else None
-        compiled = self.native.frozen(*affine) if self.native is not None and affine is not None else None
-
-        def forward(x: Tensor) -> Tensor:
-            out = None if compiled is None else compiled(x)
-            return self(normalizer(x)) if out is None else out
-
-        return forward
+    def actor(self, normalizer: ObservationNormalizer, obs: Tensor) -> NativeActor | None:
+        """This network on normalised observations [T, N, D] of a rollout, compiled; None where that cannot be."""
+        known = type(self) is MLP and type(normalizer) is ObservationNormalizer and self.native is not None
+        return self.native.actor(*normalizer.affine, obs) if known and self.native is not None else None
 
     @torch.no_grad()
     def linearize(self, x: Tensor) -> ClosedForm:

@@ -71,17 +71,49 @@ class Policy(nn.Module):
         with self._acting():
             return self.distribution.sample(self.network(self.normalizer(obs)), noise.to(self.theta.vector.device))
 
-    def sampler(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """`sample` for as long as nothing changes in the policy: what depends on no observation is computed once."""
-        acting = self._acting
+    def actor(self, obs: Tensor, noise: Tensor, action: Tensor) -> Callable[[int], None]:
+        """`sample` within a rollout, in which nothing changes in the policy.
+
+        Args:
+            obs: [T, N, D] raw observations, which need not be there yet.
+            noise: [T, N, Z] of `noise`, on the policy's device.
+            action: [T, N, A] written to.
+
+        Returns:
+            t ↦ None: takes obs[t] and noise[t], writes action[t].
+        """
+        return self._compiled_actor(obs, noise, action) or self._plain_actor(obs, noise, action)
+
+    def _plain_actor(self, obs: Tensor, noise: Tensor, action: Tensor) -> Callable[[int], None]:
+        acting, device = self._acting, self.theta.vector.device
         with acting():
             parameters = frozen(self.network, self.normalizer)
 
-        def sample(obs: Tensor, noise: Tensor) -> Tensor:
+        def act(t: int) -> None:
             with acting():
-                return self.distribution.sample(parameters(obs), noise)
+                action[t].copy_(self.distribution.sample(parameters(obs[t].to(device)), noise[t]))
 
-        return sample
+        return act
+
+    def _compiled_actor(self, obs: Tensor, noise: Tensor, action: Tensor) -> Callable[[int], None] | None:
+        head, distribution, std = self.network, self.distribution, None
+        mlp: nn.Module = head
+        if type(head) is GivenStdHead or (type(head) is GaussianHead and not head.state_dependent):
+            mlp, std = head.network, head.log_std().exp()
+        compiled = mlp.actor(self.normalizer, obs) if isinstance(mlp, MLP) else None
+        if compiled is None:
+            return None
+        if std is not None:
+            draws = type(distribution) is DiagonalGaussian and compiled.draws_normal(std, noise, action)
+            return compiled if draws else None
+        if type(distribution) is Ordinal and compiled.draws_ordinal(distribution.native, noise, action):
+            return compiled
+
+        def act(t: int) -> None:
+            with torch.inference_mode():
+                action[t].copy_(distribution.sample(compiled.outputs(t), noise[t]))
+
+        return act
 
     def noise(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """N(0, 1) numbers for `sample` [*shape, Z], on the CPU: there a seed gives the same ones for every device."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 SWITCHED_OFF = os.environ.get("TRPO_NATIVE") == "0"
-VERSION = 4  # of the functions in mlp.c, and of their arguments
+VERSION = 5  # of the functions in mlp.c, and of their arguments
 ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
 BLOCK = 128  # rows that mlp.c takes through all layers at a time
 MOST_LAYERS = 16
@@ -42,7 +42,6 @@ _SIGNATURES: dict[str, tuple[type | None, list]] = {
     "mlp_passing": (_LONG, [_LONG]),
     "mlp_forward": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _LONG, _INT, _NUMBERS, _NUMBERS, _INT]),
     "mlp_freeze": (None, [*_NETWORK, _NUMBERS, _NUMBERS]),
-    "mlp_act": (None, [*_NETWORK, _INT, _NUMBERS, _NUMBERS, _NUMBERS, _DOUBLE, _LONG, _NUMBERS, _NUMBERS, _INT]),
     "mlp_jvp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS, _INT]),
     "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS, _INT]),
     "mlp_factors": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
@@ -50,6 +49,7 @@ _SIGNATURES: dict[str, tuple[type | None, list]] = {
     "ordinal_log_probabilities": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 3, _INT]),
     "ordinal_metric": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 4, _INT]),
     "ordinal_sample": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 6, _INT]),
+    "policy_act": (None, [_NUMBERS, _LONG, _INT]),
     "adam_step": (None, [_LONG, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _FLOAT, _FLOAT, _FLOAT, _FLOAT]),
 }
 
@@ -207,18 +207,28 @@ class NativeMlp:
         )
         return out
 
-    def frozen(self, shift: Tensor, scale: Tensor, bound: float) -> FrozenMlp | None:
-        """x ↦ f(clip((x − shift) · scale, ±bound)) by the parameters as they are now; None where mlp.c cannot do it."""
-        parameters, shape = self._parameters(), (self.input_dim,)
+    def actor(self, shift: Tensor, scale: Tensor, bound: float, obs: Tensor) -> NativeActor | None:
+        """x ↦ f(clip((x − shift) · scale, ±bound)) with the parameters as they are now, in a rollout.
+
+        Args:
+            shift, scale: [D] float64.
+            bound: of the normalised observations.
+            obs: [T, N, D] raw observations, which need not be there yet.
+
+        Returns:
+            None where mlp.c cannot do it.
+        """
+        parameters = self._parameters()
         if _LIBRARY is None or parameters is None:
             return None
-        if not all(_plain(v, torch.float64) and v.shape == shape for v in (shift, scale)):
+        if not all(_plain(v, torch.float64) and v.shape == (self.input_dim,) for v in (shift, scale)):
             return None
-        work = self.workspace(parameters[0].detach(), _LIBRARY.mlp_passing(2**31 - 1))
-        _LIBRARY.mlp_freeze(*self._network, _addresses(parameters), work.data_ptr())
-        # Copies, row after row in memory.
-        shift, scale = (v.clone(memory_format=torch.contiguous_format) for v in (shift, scale))
-        return FrozenMlp(self, shift, scale, bound, work)
+        kinds = (torch.float32, torch.float64)
+        if not (obs.dim() == 3 and obs.shape[2] == self.input_dim and any(_plain(obs, kind) for kind in kinds)):
+            return None
+        if not obs.is_contiguous():
+            return None
+        return NativeActor(self, _addresses(parameters), shift, scale, bound, obs)
 
     def jvp(self, v: Tensor, out: Tensor, workspace: Tensor) -> Tensor:
         """Jv, into `out` [B, K], for a checked v [P]."""
@@ -293,37 +303,83 @@ class NativeMlp:
         )
 
 
-class FrozenMlp:
-    """What a network was when this was made, of `NativeMlp.frozen`.
+class _Policy(ctypes.Structure):
+    """`Policy` of mlp.c."""
 
-    For one thread of Python: calls share their memory.
+    _fields_ = (
+        ("widths", ctypes.POINTER(_LONG)),
+        *((name, _LONG) for name in ("layers", "activation", "wide", "rows")),
+        *((name, _NUMBERS) for name in ("obs", "shift", "scale")),
+        ("clip", _DOUBLE),
+        *((name, _NUMBERS) for name in ("out", "work")),
+        *((name, _LONG) for name in ("kind", "components")),
+        *((name, _NUMBERS) for name in ("noise", "action", "std")),
+        ("bins", _LONG),
+        *((name, _NUMBERS) for name in ("low", "width", "vectors")),
+    )
+
+
+class NativeActor:
+    """A network as it was when this was made, and what draws its actions, in a rollout: of `NativeMlp.actor`.
+
+    Everything that is looked at first is looked at once for all steps. For one thread of Python.
     """
 
-    def __init__(self, mlp: NativeMlp, shift: Tensor, scale: Tensor, bound: float, workspace: Tensor):
-        self._mlp = mlp
-        self._shift, self._scale, self._bound = shift, scale, bound
-        self._workspace = workspace
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """x [B, D] → [B, K], or None where mlp.c had better not do it."""
-        mlp, x = self._mlp, x.double()
-        if not (x.dim() == 2 and x.shape[1] == mlp.input_dim and _wanted() and _plain(x, torch.float64)):
-            return None
-        x, rows = x.contiguous(), x.shape[0]
-        out = self._workspace.new_empty(rows, mlp.output_dim)
-        _LIBRARY.mlp_act(
-            *mlp._network,
-            mlp._activation,
-            x.data_ptr(),
-            self._shift.data_ptr(),
-            self._scale.data_ptr(),
-            self._bound,
-            rows,
-            out.data_ptr(),
-            self._workspace.data_ptr(),
-            _threads(),
+    def __init__(self, mlp: NativeMlp, parameters: Any, shift: Tensor, scale: Tensor, bound: float, obs: Tensor):
+        self._out = torch.empty(obs.shape[1], mlp.output_dim)
+        work = mlp.workspace(self._out, _LIBRARY.mlp_passing(2**31 - 1))
+        _LIBRARY.mlp_freeze(*mlp._network, parameters, work.data_ptr())
+        self._policy = _Policy(
+            *mlp._network, mlp._activation, wide=obs.dtype is torch.float64, rows=obs.shape[1], clip=bound
         )
-        return out
+        # Copies, row after row in memory.
+        shift, scale = (v.clone(memory_format=torch.contiguous_format) for v in (shift, scale))
+        self._memory: list[Tensor] = []  # that C writes to and reads from
+        self._point(obs=obs, shift=shift, scale=scale, out=self._out, work=work)
+        self._address = ctypes.byref(self._policy)
+
+    def outputs(self, t: int) -> Tensor:
+        """f [N, K] at step t; valid until the next one."""
+        self(t)
+        return self._out
+
+    def draws_normal(self, std: Tensor, noise: Tensor, action: Tensor) -> bool:
+        """Whether from now on each step writes action = f + std · noise, for std [A], noise and action [T, N, A]."""
+        if not self._draws(noise, action) or not _plain(std):
+            return False
+        if not std.shape == action.shape[2:] == self._out.shape[1:]:
+            return False
+        self._point(std=std.contiguous())
+        self._policy.kind = 1
+        return True
+
+    def draws_ordinal(self, ordinal: NativeOrdinal, noise: Tensor, action: Tensor) -> bool:
+        """Whether from now on each step writes `ordinal.sample` of f and the noise; noise and action [T, N, A]."""
+        if not self._draws(noise, action) or action.shape[2] != ordinal.components:
+            return False
+        if self._out.shape[1] != ordinal.components * ordinal.bins:
+            return False
+        self._point(low=ordinal.low, width=ordinal.width, vectors=ordinal.workspace())
+        self._policy.bins, self._policy.kind = ordinal.bins, 2
+        return True
+
+    def __call__(self, t: int) -> None:
+        """Takes step t: 0 ≤ t < T."""
+        _LIBRARY.policy_act(self._address, t, _threads())
+
+    def _draws(self, noise: Tensor, action: Tensor) -> bool:
+        steps = self._memory[0].shape[:2]
+        fits = noise.shape == action.shape and action.dim() == 3 and action.shape[:2] == steps
+        if not (fits and _plain(noise) and _plain(action) and action.is_contiguous()):
+            return False
+        self._point(noise=noise.contiguous(), action=action)
+        self._policy.components = action.shape[2]
+        return True
+
+    def _point(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            setattr(self._policy, name, tensor.data_ptr())
+            self._memory.append(tensor)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:
@@ -344,6 +400,10 @@ class NativeOrdinal:
     def __init__(self, low: Tensor, width: Tensor, bins: int):
         self.low, self.width, self.bins = low.float().contiguous(), width.float().contiguous(), bins
         self.components = len(low)
+
+    def workspace(self) -> Tensor:
+        """Memory for what the functions keep on the way."""
+        return torch.empty(MOST_THREADS * MOST_LANES * self.bins)
 
     def log_probabilities(self, eta: Tensor) -> Tensor | None:
         """η [B, A n] → log p [n, B, A]."""
@@ -372,7 +432,7 @@ class NativeOrdinal:
         return takes(eta) and eta.dim() == 2 and eta.shape[1] == self.components * self.bins
 
     def _call(self, function: Any, rows: int, *tensors: Tensor) -> Tensor:
-        work = torch.empty(MOST_THREADS * MOST_LANES * self.bins)
+        work = self.workspace()
         addresses = [tensor.data_ptr() for tensor in (*tensors, work)]
         function(rows, self.components, self.bins, *addresses, _threads())
         return tensors[-1]

@@ -417,7 +417,7 @@ static void add_rows(const float *from, long rows, long width, float *sum)
 }
 
 /* Of the functions here and their arguments: `trpo/native/__init__.py` has the same number. */
-int mlp_version(void) { return 4; }
+int mlp_version(void) { return 5; }
 
 /* Whether this processor has the instructions that this file was compiled to. */
 int mlp_runs_here(void)
@@ -457,7 +457,9 @@ typedef struct {
     int layers, activation;
     long rows;
     const float *x;                            /* [rows, n_0] */
-    const double *raw, *shift, *scale;         /* or before it is normalised: clip((raw − shift) · scale, ±clip) */
+    const void *raw;                           /* or before it is normalised: clip((raw − shift) · scale, ±clip) */
+    int wide;                                  /* raw is of doubles */
+    const double *shift, *scale;
     double clip;
     const float *u;                            /* [rows, n_L] */
     float *out;                                /* [rows, n_L] */
@@ -478,7 +480,9 @@ static void forward_part(const void *task, long part, int rank)
     if (t->raw)
         for (long i = 0; i < count; i++)
             for (long j = 0; j < p->n[0]; j++) {
-                const double y = (t->raw[(row + i) * p->n[0] + j] - t->shift[j]) * t->scale[j]; /* NaN passes on */
+                const long k = (row + i) * p->n[0] + j;
+                const double x = t->wide ? ((const double *)t->raw)[k] : ((const float *)t->raw)[k];
+                const double y = (x - t->shift[j]) * t->scale[j]; /* NaN passes, here and on */
                 input[i * in + j] = (float)(y < -t->clip ? -t->clip : y > t->clip ? t->clip : y);
             }
     else
@@ -505,21 +509,11 @@ void mlp_forward(const long *widths, int layers, int activation, const float *co
 }
 
 /* A network that stays as it is for a while: its parameters into a workspace for any number of passing rows, for
- * `mlp_act`. */
+ * `policy_act`. */
 void mlp_freeze(const long *widths, int layers, const float *const *parameters, float *work)
 {
     const Plan p = plan(widths, layers, MOST_THREADS * BLOCK);
     take_parameters(&p, layers, parameters, 0, work);
-}
-
-/* f [rows, n_L] of clip((x − shift) · scale, ±clip), x [rows, n_0], by the parameters that `mlp_freeze` took. */
-void mlp_act(const long *widths, int layers, int activation, const double *x, const double *shift, const double *scale,
-             double clip, long rows, float *out, float *work, int threads)
-{
-    const Plan p = plan(widths, layers, MOST_THREADS * BLOCK);
-    const Task task = {&p, layers, activation, rows, .raw = x, .shift = shift, .scale = scale, .clip = clip,
-                       .out = out, .work = work};
-    share(threads, forward_part, &task, blocks(rows));
 }
 
 static void jvp_part(const void *task, long part, int rank)
@@ -841,4 +835,46 @@ void ordinal_sample(long rows, long components, long n, const float *eta, const 
     const Components task = {rows * components, n, components, .eta = eta, .noise = noise, .low = low, .width = width,
                              .out = out, .work = work};
     share(threads, sample_part, &task, parts_of(task.count));
+}
+
+/* ------------------------------------------------------------------------------------------------ rollouts ---- */
+
+enum { OUTPUTS = 0, NORMAL = 1, ORDINAL = 2 };
+
+/* A policy whose parameters `mlp_freeze` took, in a rollout of any number of steps. All numbers are eight bytes, so that
+ * this lies in memory as `trpo/native/__init__.py` has it. */
+typedef struct {
+    const long *widths;
+    long layers, activation, wide, rows;
+    const void *obs;                      /* [steps, rows, n_0] as the environments gave them, doubles if `wide` */
+    const double *shift, *scale;          /* [n_0] */
+    double clip;
+    float *out;                           /* [rows, n_L] of the last step */
+    float *work;
+    long kind;                            /* OUTPUTS: that is all */
+    long components;                      /* of an action */
+    const float *noise;                   /* [steps, rows, components] */
+    float *action;                        /* the same */
+    const float *std;                     /* NORMAL: action = out + std · noise, [components] */
+    long bins;                            /* ORDINAL: `ordinal_sample` */
+    const float *low, *width;
+    float *vectors;
+} Policy;
+
+/* Step t of the rollout. */
+void policy_act(const Policy *a, long t, int threads)
+{
+    const Plan p = plan(a->widths, (int)a->layers, MOST_THREADS * BLOCK);
+    const long obs = a->rows * p.n[0], actions = a->rows * a->components;
+    const Task task = {&p, (int)a->layers, (int)a->activation, a->rows, .wide = (int)a->wide, .shift = a->shift,
+                       .raw = a->wide ? (const void *)((const double *)a->obs + t * obs)
+                                      : (const void *)((const float *)a->obs + t * obs),
+                       .scale = a->scale, .clip = a->clip, .out = a->out, .work = a->work};
+    const float *noise = a->noise + t * actions;
+    float *action = a->action + t * actions;
+    share(threads, forward_part, &task, blocks(a->rows));
+    if (a->kind == ORDINAL)
+        ordinal_sample(a->rows, a->components, a->bins, a->out, noise, a->low, a->width, action, a->vectors, threads);
+    if (a->kind == NORMAL)
+        for (long i = 0; i < actions; i++) action[i] = a->out[i] + a->std[i % a->components] * noise[i];
 }
