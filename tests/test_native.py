@@ -335,9 +335,23 @@ def everything(rows: int) -> list[Tensor]:
 def test_the_number_of_threads_changes_no_bit(rows: int) -> None:
     one = everything(rows)
     for threads in (2, 3, native.MOST_THREADS, native.MOST_THREADS + 1):
-        torch.set_num_threads(threads)
-        for actual, expected in zip(everything(rows), one, strict=True):
-            assert torch.equal(actual, expected)
+        with native.spare_threads(threads - 1):
+            for actual, expected in zip(everything(rows), one, strict=True):
+                assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("rows", [native.BLOCK + 1, 2 * native.BLOCK + 1, 300, 900])
+@torch.no_grad()
+def test_whoever_takes_the_last_block_that_is_no_whole_one(rows: int) -> None:
+    """Widths at which a block in the wrong place would lie on the next layer's inputs and weights; often, since which
+    thread takes which block is chance."""
+    mlp, _ = pair((40, 33, 2, 2))
+    x = randn(rows, 40).float()
+    expected = mlp(x)
+    for threads in (2, 3, native.MOST_THREADS):
+        with native.spare_threads(threads - 1):
+            assert all(torch.equal(mlp(x), expected) for _ in range(100))
 
 
 @needs_native
@@ -356,13 +370,15 @@ with native.spare_threads(2):
     with native.spare_threads(-1) as over:
         counts.append(more()); over(); counts.append(more())
     counts.append(more())
-with native.spare_threads(-3): counts.append(more())
-print(counts, native._threads())
+with native.spare_threads(-3): few = native._threads()
+with native.spare_threads(1000): many = native._threads()
+print(counts, few, native._threads(), many)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split("\n")[0] == "[0, 1, 2, 2, 2] 1"
+    # Threads stay once they are there.
+    assert done.stdout.split("\n")[0] == f"[0, 1, 2, 2] 1 1 {native.MOST_THREADS}"
 
 
 @needs_native

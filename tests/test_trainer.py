@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +23,6 @@ from trpo.checkpoint import checkpoint_paths
 from trpo.colored_noise import ColoredNoise
 from trpo.config import Config, EnvConfig
 from trpo.config_file import load_config
-from trpo.cores import update_threads
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import evaluate
@@ -77,24 +77,49 @@ def test_actions_get_noise_of_the_color_that_the_settings_name(tmp_path: Path) -
 
 @pytest.mark.skipif(not native.available(), reason="torch's own products depend on its threads")
 @pytest.mark.parametrize("fit_first", [False, True])
-def test_a_run_has_the_same_bits_whatever_the_threads(fit_first: bool, tmp_path: Path) -> None:
-    """Those of the settings, and those that torch had when the networks were made."""
+def test_a_run_has_the_same_bits_whatever_the_threads(
+    fit_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the settings, of the cores that there are, and those that torch had when the networks were made.
+
+    Enough parameters for torch to share their dot products, had it threads to do so.
+    """
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("trpo.cores._CGROUP", tmp_path)
     before, thetas = torch.get_num_threads(), []
-    value = {"fit_first": fit_first}
-    for count in (1, 2, 3, 0):
-        config = config_for("Pendulum-v1", total_steps=1024, batch_size=512, device="cpu", threads=count, value=value)
-        torch.set_num_threads(count + 1)
+    for count, given in [(1, 1), (2, 2), (3, 3), (0, 4)]:
+        config = config_for(
+            "Pendulum-v1",
+            total_steps=1024,
+            batch_size=512,
+            device="cpu",
+            threads=count,
+            policy={"hidden_sizes": [64, 256]},
+            value={"fit_first": fit_first},
+        )
+        torch.set_num_threads(given)
         try:
             with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
-                given = update_threads(count)
-                assert torch.get_num_threads() == (given if fit_first or given == 1 else given - 1)
-                assert native._threads() == given
+                assert (torch.get_num_threads(), native._threads()) == (1, given)
                 for _ in range(2):
                     source._iteration()
                 thetas.append(torch.cat([source.agent.policy.theta.vector, source.agent.value.theta.vector]))
         finally:
             torch.set_num_threads(before)
     assert all(torch.equal(theta, thetas[0]) for theta in thetas)
+
+
+@pytest.mark.parametrize("different", [{"dtype": "float64"}, {"policy": {"activation": "silu"}}], ids=str)
+def test_torch_has_several_threads_only_where_the_settings_say_so(
+    different: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its numbers depend on them, and by default none do on the machine's cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("trpo.cores._CGROUP", tmp_path)
+    for count, expected in [(0, (1, 1)), (3, (2, 3))]:  # one fits V
+        config = config_for("Pendulum-v1", device="cpu", threads=count, **different)
+        with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
+            assert (torch.get_num_threads(), native._threads()) == expected
 
 
 def test_a_closed_trainer_does_not_train_on(tmp_path: Path) -> None:

@@ -46,15 +46,6 @@ class UpdateReport:
     learning_rate: float | None  # of Adam, if V is fitted by it
 
 
-def fits_beside(config: Config, group: Group, device: torch.device) -> bool:
-    """Whether V is fitted while the policy takes its step, in one of the threads: the same operations.
-
-    Not where sums over processes would meet in another order, nor where work waits in one queue of a GPU anyway.
-    """
-    several = update_threads(config.threads) > 1
-    return several and not config.value.fit_first and group.size == 1 and device.type == "cpu"
-
-
 class Agent:
     """Policy, value function and everything that learns.
 
@@ -65,6 +56,11 @@ class Agent:
         num_envs: environments of this process.
         group: this process among all.
         device: where networks and updates live.
+
+    Attributes:
+        threads: of an update, all together.
+        torch_threads: those of them that torch should have; the others are for compiled code, or for V's fit.
+        fits_beside: whether V is fitted while the policy takes its step, in one of them: the same operations.
     """
 
     def __init__(
@@ -90,6 +86,13 @@ class Agent:
             clip=config.normalize.clip_rewards,
             enabled=config.normalize.rewards,
         ).to(device)
+        # Compiled code shares a batch among threads to the same bits; what torch computes depends on how many it has.
+        compiled = self.policy.compiled and self.value.compiled
+        self.threads = update_threads(config.threads) if config.threads or compiled else 1
+        # Not where sums over processes would meet in another order, nor where work waits in one queue of a GPU anyway.
+        on_cpu, alone = device.type == "cpu", group.size == 1
+        self.fits_beside = self.threads > 1 and not config.value.fit_first and alone and on_cpu
+        self.torch_threads = 1 if compiled else self.threads - self.fits_beside
         self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
         self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
         self.value_fit = self._value_fit()
@@ -124,8 +127,8 @@ class Agent:
             with timers("advantages"):
                 batch, _, _ = self.estimate(samples, progress=progress)
             step = self._policy_step(batch, progress=progress, timers=timers)
-        elif fits_beside(config, self.group, self.device):
-            # A new thread knows nothing of how many threads of torch this one was given.
+        elif self.fits_beside:
+            # The other thread has as many threads of torch as were set last anywhere, unless it is told.
             with (
                 native.spare_threads(-1) as is_idle_again,
                 ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread,

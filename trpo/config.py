@@ -335,7 +335,7 @@ class Config(Settings):
         0,
         ge=0,
         description="CPU threads of the update, one of which first fits V, but not with `value.fit_first`, several "
-        "processes or a GPU; 0: one per core, at most 4.",
+        "processes or a GPU; 0: one per core, at most 4, where they change no bit, in compiled code; else 1.",
     )
     name: str = Field(
         "trpo",

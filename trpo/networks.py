@@ -97,12 +97,17 @@ class MLP(nn.Module):
         self.native = NativeMlp.of(layers, activation)
         for layer in layers:
             gain = head_scale if layer is layers[-1] else math.sqrt(2)
-            _orthogonal(layer, gain, generator)
+            _initialize(layer, gain, generator)
 
     @property
     def head(self) -> nn.Linear:
         """The last layer."""
         return self.linears[-1]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code does what it can do of this network."""
+        return self.native is not None and self.native.readable()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D] → [B, K]."""
@@ -127,7 +132,7 @@ class MLP(nn.Module):
         return MlpLinearization(self, x)
 
 
-def _orthogonal(layer: nn.Linear, gain: float, generator: torch.Generator) -> None:
+def _initialize(layer: nn.Linear, gain: float, generator: torch.Generator) -> None:
     """Orthogonal weights, zero biases: the same for a seed however many threads torch has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # or the decomposition within rounds in another way
@@ -145,7 +150,7 @@ class BodyAndHead(nn.Module):
         super().__init__()
         self.body = body
         self.head = nn.Linear(features, outputs)
-        _orthogonal(self.head, head_scale, generator)
+        _initialize(self.head, head_scale, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D] → [B, K]."""
@@ -270,7 +275,7 @@ class MlpLinearization:
 
 
 class NativeLinearization:
-    """The same by compiled code, for float32 on one thread of a CPU.
+    """The same by compiled code, for float32 on a CPU.
 
     Args:
         native: the network.

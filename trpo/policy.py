@@ -61,6 +61,12 @@ class Policy(nn.Module):
         return linearize(self.network, obs)
 
     @property
+    def compiled(self) -> bool:
+        """Whether compiled code does the network."""
+        network = getattr(self.network, "network", self.network)
+        return isinstance(network, MLP) and network.compiled
+
+    @property
     def _acting(self) -> Callable[[], AbstractContextManager[None]]:
         """Acting needs no graph, and of built-in layers nothing to build one from; others may keep what they made."""
         built_in = isinstance(getattr(self.network, "network", self.network), MLP)

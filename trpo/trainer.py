@@ -18,14 +18,13 @@ import torch
 from gymnasium import spaces
 
 from trpo import native
-from trpo.agent import Agent, UpdateReport, fits_beside
+from trpo.agent import Agent, UpdateReport
 from trpo.batch import Rollout
 from trpo.checkpoint import CheckpointStore
 from trpo.collector import Collector, Episodes
 from trpo.config import Config
 from trpo.config_difference import config_difference, without_effect
 from trpo.config_file import dump_config
-from trpo.cores import update_threads
 from trpo.device import resolve_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
@@ -282,12 +281,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[None]:
-        """Torch has the threads of the settings within, less one that fits V; before and after as many as it had."""
+        """Within, the threads of an update are there for it; before and after torch has as many as it had."""
         before = torch.get_num_threads()
-        beside = int(fits_beside(self.config, self.group, self.device))
-        torch.set_num_threads(update_threads(self.config.threads) - beside)
+        torch.set_num_threads(self.agent.torch_threads)
         try:
-            with native.spare_threads(beside):
+            with native.spare_threads(self.agent.threads - self.agent.torch_threads):
                 yield
         finally:
             torch.set_num_threads(before)

@@ -31,6 +31,11 @@ class ValueFunction(nn.Module):
         # As `Policy.__reduce__`.
         return type(self), (copy.deepcopy(self.network),)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code does the network."""
+        return isinstance(self.network, MLP) and self.network.compiled
+
     def forward(self, obs: Tensor) -> Tensor:
         """[B, D] → [B]."""
         return self.network(obs).squeeze(-1)

@@ -71,9 +71,10 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of the settings, but for the threads, which change no bit: a finished run counts only for what it had."""
-        one_thread = self.config.model_copy(update={"threads": 1})
-        return hashlib.sha256(self._settings_of(one_thread).encode()).hexdigest()[:16]
+        """Of the settings: a finished run counts only for those it had. As many threads as there are cores, the
+        default, change no bit, and count as one."""
+        counted = self.config.model_copy(update={"threads": self.config.threads or 1})
+        return hashlib.sha256(self._settings_of(counted).encode()).hexdigest()[:16]
 
     @property
     def settings(self) -> str:
@@ -119,7 +120,7 @@ def plan(
 
 
 def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str], None] = print) -> list[str]:
-    """Trains what is not finished, `parallel` runs at a time, one thread each; returns what failed, in words.
+    """Trains what is not finished, `parallel` runs at a time, which share the cores; returns what failed, in words.
 
     Raises:
         UserError: results of other settings, or over another number of episodes, lie where these would go; nothing is

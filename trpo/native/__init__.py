@@ -30,7 +30,6 @@ ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
 BLOCK = 128  # rows that mlp.c takes through all layers at a time
 MOST_LAYERS = 16
 MOST_THREADS = 8
-MOST_LANES = 16  # numbers in a vector
 
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 _NUMBERS, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
@@ -90,11 +89,8 @@ _spare_lock = threading.Lock()
 
 @contextlib.contextmanager
 def spare_threads(count: int) -> Iterator[Callable[[], None]]:
-    """So many threads more than torch has are free for the compiled functions, or fewer: within, or until they are not.
-
-    Yields:
-        What to call when that is over, from any thread.
-    """
+    """Gives the compiled functions so many threads more than torch has, or fewer: inside, or until what this yields is
+    called, from any thread."""
     pending = [count, -count]
 
     def next_change() -> None:
@@ -102,15 +98,15 @@ def spare_threads(count: int) -> Iterator[Callable[[], None]]:
         with _spare_lock:
             _spare += pending.pop(0) if pending else 0
 
-    next_change()
     try:
+        next_change()
         yield next_change
     finally:
         next_change()
 
 
 def _threads() -> int:
-    return max(1, torch.get_num_threads() + _spare)
+    return min(max(1, torch.get_num_threads() + _spare), MOST_THREADS)
 
 
 def takes(x: Tensor) -> bool:
@@ -169,8 +165,8 @@ class NativeMlp:
         return x.dim() == 2 and x.shape[1] == self.input_dim and takes(x)
 
     def readable(self) -> bool:
-        """Whether mlp.c can read the parameters as they are now."""
-        return self._parameters() is not None
+        """Whether mlp.c is there and can read the parameters as they are now."""
+        return available() and self._parameters() is not None
 
     def _parameters(self) -> list[Tensor] | None:
         """W and b of each layer, first to last, if mlp.c can read them."""
@@ -326,8 +322,8 @@ class NativeActor:
     """
 
     def __init__(self, mlp: NativeMlp, parameters: Any, shift: Tensor, scale: Tensor, bound: float, obs: Tensor):
-        self._out = torch.empty(obs.shape[1], mlp.output_dim)
-        work = mlp.workspace(self._out, _LIBRARY.mlp_passing(2**31 - 1))
+        self._out = obs.new_empty(obs.shape[1], mlp.output_dim, dtype=torch.float32)
+        work = mlp.workspace(self._out, MOST_THREADS * BLOCK)
         _LIBRARY.mlp_freeze(*mlp._network, parameters, work.data_ptr())
         self._policy = _Policy(
             *mlp._network, mlp._activation, wide=obs.dtype is torch.float64, rows=obs.shape[1], clip=bound
@@ -403,7 +399,7 @@ class NativeOrdinal:
 
     def workspace(self) -> Tensor:
         """Memory for what the functions keep on the way."""
-        return torch.empty(MOST_THREADS * MOST_LANES * self.bins)
+        return self.low.new_empty(MOST_THREADS * _LIBRARY.mlp_padded(1) * self.bins)
 
     def log_probabilities(self, eta: Tensor) -> Tensor | None:
         """η [B, A n] → log p [n, B, A]."""

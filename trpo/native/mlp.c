@@ -2,8 +2,8 @@
  *
  * The formulas are those of `trpo/networks.py`, which is also what the tests compare this file with. It is here because
  * at TRPO's sizes (thousands of rows, layers of 64) a BLAS library spends most of its time around the arithmetic. Three
- * things are different: all layers of a block of rows are done before the next block, so that what passes between
- * layers stays in the first two levels of cache; bias and sums of two products start in the registers of the product;
+ * things are different: all layers of a block of rows are done before the next block (on the way back, of sixteen blocks
+ * where threads share them), so that what passes between layers stays in the first two levels of cache; bias and sums of two products start in the registers of the product;
  * and nothing is allocated.
  *
  * Threads share blocks of rows, or rows of a gradient: every number is computed in one order, however many there are.
@@ -182,7 +182,7 @@ static void times_slope(int activation, const float *restrict h, float *restrict
 
 enum { AWAKE_NS = 300000 };
 
-/* Part `part` of a task, by thread `rank`: what it needs for itself alone is told from other threads' by that. */
+/* Part `part` of a task, by thread `rank`, which has a piece of the workspace for itself. */
 typedef void (*Part)(const void *task, long part, int rank);
 
 typedef struct {
@@ -229,8 +229,10 @@ static void *help(void *number)
     const int rank = (int)(long)number;
     Helper *self = &team.helpers[rank - 1];
     for (unsigned seen = 0;; seen++) {
-        for (const long long start = now_ns(); atomic_load(&self->asked) == seen && now_ns() - start < AWAKE_NS;)
+        for (const long long start = now_ns(); atomic_load(&self->asked) == seen && now_ns() - start < AWAKE_NS;) {
             for (int i = 0; i < 64 && atomic_load(&self->asked) == seen; i++) pause_();
+            sched_yield(); /* where cores are few, to whoever has something to do */
+        }
         if (atomic_load(&self->asked) == seen) {
             pthread_mutex_lock(&self->lock);
             while (atomic_load(&self->asked) == seen) pthread_cond_wait(&self->wake, &self->lock);
@@ -254,7 +256,7 @@ static void found_team(void)
     pthread_atfork(NULL, NULL, forget_helpers);
 }
 
-/* Helpers there are, of those wanted. Signals are for the threads of the program. */
+/* Helpers there are, of those wanted. Signals are for the threads of the program, but for those of a crash. */
 static int helpers(int wanted)
 {
     sigset_t every, before;
@@ -262,6 +264,10 @@ static int helpers(int wanted)
     pthread_t thread;
     if (team.count >= wanted) return wanted;
     sigfillset(&every);
+    sigdelset(&every, SIGSEGV);
+    sigdelset(&every, SIGBUS);
+    sigdelset(&every, SIGFPE);
+    sigdelset(&every, SIGILL);
     pthread_sigmask(SIG_SETMASK, &every, &before);
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
@@ -302,7 +308,7 @@ static void share(int threads, Part part, const void *task, long parts)
     for (int i = 0; i < asked; i++) {
         Helper *helper = &team.helpers[i];
         for (long spins = 0; atomic_load(&helper->done) != atomic_load(&helper->asked); spins++)
-            spins < 10000 ? pause_() : (void)sched_yield();
+            spins < 200 ? pause_() : (void)sched_yield();
     }
     pthread_mutex_unlock(&team.taken);
 }
@@ -325,8 +331,8 @@ typedef struct {
 
 static inline long blocks(long rows) { return (rows + BLOCK - 1) / BLOCK; }
 
-/* Rows that are in a workspace at once, of so many that are not kept. */
-static inline long passing(long rows) { return least(rows, MOST_THREADS * BLOCK); }
+/* Rows that a workspace needs for so many that are not kept: a whole block for each thread, whoever takes the last one. */
+static inline long passing(long rows) { return rows <= BLOCK ? rows : least(blocks(rows), MOST_THREADS) * BLOCK; }
 
 static Plan plan(const long *widths, int layers, long rows)
 {
