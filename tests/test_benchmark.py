@@ -98,13 +98,14 @@ def rows_mean(out: Path) -> float:
 
 def test_a_run_of_other_settings_does_not_count_as_finished(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    job, other = (
+    job, one_thread, *others = (
         plan(["tiny"], 1, configs=tmp_path, out=tmp_path / "out", root=tmp_path / "runs", overrides=overrides)[0]
-        for overrides in ([], ["gae.gamma=0.5"])
+        for overrides in ([], ["threads=1"], ["threads=2"], ["gae.gamma=0.5"])
     )
     job.result.parent.mkdir(parents=True)
     job.result.write_text(json.dumps({"fingerprint": job.fingerprint}))
-    assert job.finished and not other.finished
+    assert job.finished and one_thread.finished
+    assert not any(other.finished for other in others)
 
 
 def test_results_of_other_settings_are_not_overwritten(tmp_path: Path) -> None:
