@@ -38,6 +38,7 @@ PRETRAINED = Path(__file__).parents[1] / "pretrained"
 SEEDS = [11, 7, 2**31 + 5]
 IDS = [name for name, spec in gymnasium.registry.items() if spec.entry_point in TASKS]
 FIELDS = ("next_obs", "reset_obs", "reward", "terminated", "truncated", "valid", "success")
+BACKENDS = ("mujoco", "gymnasium")
 OTHERWISE = [
     ("Ant-v5", {"include_cfrc_ext_in_observation": False, "main_body": "front_left_leg"}),
     ("Ant-v5", {"healthy_z_range": (0.5, 0.8), "contact_force_range": (-0.1, 0.2), "contact_cost_weight": 0.1}),
@@ -150,6 +151,18 @@ class TestExactResume:
         assert torch.equal(restored.load_state_dict(undisturbed.state_dict()), undisturbed._step.reset_obs)
         assert restored.exact_resume
         assert_same_steps(restored, undisturbed, 100, seed=1)
+
+    def test_states_are_those_of_gymnasium_however_long_an_episode_and_whenever_asked_for(self) -> None:
+        """Actions are kept for all at once for a while, and reach the episodes' logs now and then."""
+        ours, theirs = (make("HalfCheetah-v5", backend, kwargs={"max_episode_steps": 700}) for backend in BACKENDS)
+        ours.reset(), theirs.reset()
+        ends = 0
+        for seed, steps in enumerate((3, 0, 253, 1, 300, 600)):
+            ends += assert_same_steps(ours, theirs, steps, seed)
+            for mine, other in zip(ours.state_dict()["envs"], theirs.state_dict()["envs"], strict=True):
+                assert mine["seed"] == other["seed"] and mine["rng"] == other["rng"]
+                assert mine["actions"].tobytes() == other["actions"].tobytes()
+        assert ends >= 3
 
     def test_what_cannot_be_replayed_begins_new_episodes(self) -> None:
         envs = make("Hopper-v5")

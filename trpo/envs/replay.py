@@ -47,6 +47,14 @@ class EpisodeLog:
         self._rows[self._length] = row
         self._length += 1
 
+    def extend(self, rows: Array) -> None:
+        """Records native action rows [n, A]."""
+        length = self._length + len(rows)
+        while length > len(self._rows):
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        self._rows[self._length : length] = rows
+        self._length = length
+
     def state(self, obs: Array) -> dict[str, Any]:
         """JSON values and arrays from which `replay` comes back here; `obs` [D] is the present observation."""
         if self.seed is None and self.rng is None:
