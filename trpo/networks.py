@@ -121,8 +121,9 @@ class MLP(nn.Module):
 
     def actor(self, normalizer: ObservationNormalizer, obs: Tensor) -> NativeActor | None:
         """This network on normalised observations [T, N, D] of a rollout, compiled; None where that cannot be."""
-        known = type(self) is MLP and type(normalizer) is ObservationNormalizer and self.native is not None
-        return self.native.actor(*normalizer.affine, obs) if known and self.native is not None else None
+        if self.native is None or type(self) is not MLP or type(normalizer) is not ObservationNormalizer:
+            return None
+        return self.native.actor(*normalizer.affine, obs)
 
     @torch.no_grad()
     def linearize(self, x: Tensor) -> ClosedForm:

@@ -63,14 +63,17 @@ class Policy(nn.Module):
     @property
     def compiled(self) -> bool:
         """Whether compiled code does the network."""
-        network = getattr(self.network, "network", self.network)
-        return isinstance(network, MLP) and network.compiled
+        return isinstance(self._inner, MLP) and self._inner.compiled
+
+    @property
+    def _inner(self) -> nn.Module:
+        """The network below the head, if it has one."""
+        return getattr(self.network, "network", self.network)
 
     @property
     def _acting(self) -> Callable[[], AbstractContextManager[None]]:
         """Acting needs no graph, and of built-in layers nothing to build one from; others may keep what they made."""
-        built_in = isinstance(getattr(self.network, "network", self.network), MLP)
-        return torch.inference_mode if built_in else torch.no_grad
+        return torch.inference_mode if isinstance(self._inner, MLP) else torch.no_grad
 
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Raw observations [N, D] and noise of `noise` → actions [N, A], in the policy's encoding."""

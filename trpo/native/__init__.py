@@ -299,6 +299,9 @@ class NativeMlp:
         )
 
 
+_NORMAL, _ORDINAL = 1, 2  # kinds of `Policy` of mlp.c; 0: its outputs are all that is wanted
+
+
 class _Policy(ctypes.Structure):
     """`Policy` of mlp.c."""
 
@@ -346,7 +349,7 @@ class NativeActor:
         if not std.shape == action.shape[2:] == self._out.shape[1:]:
             return False
         self._point(std=std.contiguous())
-        self._policy.kind = 1
+        self._policy.kind = _NORMAL
         return True
 
     def draws_ordinal(self, ordinal: NativeOrdinal, noise: Tensor, action: Tensor) -> bool:
@@ -356,7 +359,7 @@ class NativeActor:
         if self._out.shape[1] != ordinal.components * ordinal.bins:
             return False
         self._point(low=ordinal.low, width=ordinal.width, vectors=ordinal.workspace())
-        self._policy.bins, self._policy.kind = ordinal.bins, 2
+        self._policy.bins, self._policy.kind = ordinal.bins, _ORDINAL
         return True
 
     def __call__(self, t: int) -> None:

@@ -3,8 +3,8 @@
  * The formulas are those of `trpo/networks.py`, which is also what the tests compare this file with. It is here because
  * at TRPO's sizes (thousands of rows, layers of 64) a BLAS library spends most of its time around the arithmetic. Three
  * things are different: all layers of a block of rows are done before the next block (on the way back, of sixteen blocks
- * where threads share them), so that what passes between layers stays in the first two levels of cache; bias and sums of two products start in the registers of the product;
- * and nothing is allocated.
+ * where threads share them), so that what passes between layers stays in the first two levels of cache; bias and sums of
+ * two products start in the registers of the product; and nothing is allocated.
  *
  * Threads share blocks of rows, or rows of a gradient: every number is computed in one order, however many there are.
  *
@@ -712,13 +712,26 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
 
 enum { COMPONENTS = 32 * LANES }; /* in a part of a task */
 
-typedef struct {
+typedef struct Components {
+    /* What is done, of up to LANES components from `from` on, with n vectors of work. */
+    void (*vector)(const struct Components *c, long from, int lanes, float *work);
     long count, n, components;
     const float *eta, *p, *noise, *low, *width;
     float *out, *work;
 } Components;
 
-static inline long parts_of(long count) { return (count + COMPONENTS - 1) / COMPONENTS; }
+static void components_part(const void *task, long part, int rank)
+{
+    const Components *c = task;
+    const long stop = least(c->count, (part + 1) * COMPONENTS);
+    for (long from = part * COMPONENTS; from < stop; from += LANES)
+        c->vector(c, from, (int)least(LANES, stop - from), c->work + rank * c->n * LANES);
+}
+
+static void share_components(int threads, const Components *c)
+{
+    share(threads, components_part, c, (c->count + COMPONENTS - 1) / COMPONENTS);
+}
 
 /* Of up to LANES components, from `from` on: logit i of η − logit 0, value by value in `work`. Returns the largest, or NaN
  * if one is not finite: comparisons alone would take such a policy for a certain one. */
@@ -749,87 +762,71 @@ static vec exponentials(long n, vec top, float *x)
     return total;
 }
 
-static void log_probabilities_part(const void *task, long part, int rank)
+static void log_probabilities_vector(const Components *c, long from, int lanes, float *work)
 {
-    const Components c = *(const Components *)task;
-    float *work = c.work + rank * c.n * LANES;
-    const long stop = least(c.count, (part + 1) * COMPONENTS);
-    for (long from = part * COMPONENTS; from < stop; from += LANES) {
-        const int lanes = (int)least(LANES, stop - from);
-        const vec top = logits(from, lanes, c.n, c.eta, work);
-        float high[LANES], total[LANES];
-        store(high, top);
-        for (long i = 0; i < c.n; i++)
-            for (int k = 0; k < lanes; k++) c.out[i * c.count + from + k] = work[i * LANES + k] - high[k];
-        store(total, exponentials(c.n, top, work));
-        for (int k = 0; k < lanes; k++) total[k] = logf(total[k]);
-        for (long i = 0; i < c.n; i++)
-            for (int k = 0; k < lanes; k++) c.out[i * c.count + from + k] -= total[k];
-    }
+    const vec top = logits(from, lanes, c->n, c->eta, work);
+    float high[LANES], total[LANES];
+    store(high, top);
+    for (long i = 0; i < c->n; i++)
+        for (int k = 0; k < lanes; k++) c->out[i * c->count + from + k] = work[i * LANES + k] - high[k];
+    store(total, exponentials(c->n, top, work));
+    for (int k = 0; k < lanes; k++) total[k] = logf(total[k]);
+    for (long i = 0; i < c->n; i++)
+        for (int k = 0; k < lanes; k++) c->out[i * c->count + from + k] -= total[k];
 }
 
 /* log p [n, count] of η. */
 void ordinal_log_probabilities(long rows, long components, long n, const float *eta, float *out, float *work,
                                int threads)
 {
-    const Components task = {rows * components, n, components, .eta = eta, .out = out, .work = work};
-    share(threads, log_probabilities_part, &task, parts_of(task.count));
+    const Components task = {log_probabilities_vector, rows * components, n, components, .eta = eta, .out = out,
+                             .work = work};
+    share_components(threads, &task);
 }
 
-static void metric_part(const void *task, long part, int rank)
+static void metric_vector(const Components *c, long from, int lanes, float *work)
 {
-    const Components c = *(const Components *)task;
-    float *work = c.work + rank * c.n * LANES;
-    const long stop = least(c.count, (part + 1) * COMPONENTS);
-    for (long from = part * COMPONENTS; from < stop; from += LANES) {
-        const int lanes = (int)least(LANES, stop - from);
-        float here[LANES] = {0};
-        vec mean = all(0), above = all(0), tilt = all(0);
-        logits(from, lanes, c.n, c.eta, work);
-        for (long i = 0; i < c.n; i++) {
-            for (int k = 0; k < lanes; k++) here[k] = c.p[i * c.count + from + k];
-            mean += load(here) * load(work + i * LANES);
-        }
-        for (long i = c.n - 1; i > 0; i--) {
-            for (int k = 0; k < lanes; k++) here[k] = c.p[i * c.count + from + k];
-            above += load(here) * (load(work + i * LANES) - mean);
-            tilt += above;
-            store(here, above);
-            for (int k = 0; k < lanes; k++) c.out[(from + k) * c.n + i] = here[k];
-        }
-        store(here, tilt);
-        for (int k = 0; k < lanes; k++) c.out[(from + k) * c.n] = here[k];
+    float here[LANES] = {0};
+    vec mean = all(0), above = all(0), tilt = all(0);
+    logits(from, lanes, c->n, c->eta, work);
+    for (long i = 0; i < c->n; i++) {
+        for (int k = 0; k < lanes; k++) here[k] = c->p[i * c->count + from + k];
+        mean += load(here) * load(work + i * LANES);
     }
+    for (long i = c->n - 1; i > 0; i--) {
+        for (int k = 0; k < lanes; k++) here[k] = c->p[i * c->count + from + k];
+        above += load(here) * (load(work + i * LANES) - mean);
+        tilt += above;
+        store(here, above);
+        for (int k = 0; k < lanes; k++) c->out[(from + k) * c->n + i] = here[k];
+    }
+    store(here, tilt);
+    for (int k = 0; k < lanes; k++) c->out[(from + k) * c->n] = here[k];
 }
 
 /* C w [count, n] of w_i = p_i (v_i − Σ p v), v = Cᵀ u: the product of u with the Fisher metric in η, p [n, count]. */
 void ordinal_metric(long rows, long components, long n, const float *p, const float *u, float *out, float *work,
                     int threads)
 {
-    const Components task = {rows * components, n, components, .eta = u, .p = p, .out = out, .work = work};
-    share(threads, metric_part, &task, parts_of(task.count));
+    const Components task = {metric_vector, rows * components, n, components, .eta = u, .p = p, .out = out,
+                             .work = work};
+    share_components(threads, &task);
 }
 
-static void sample_part(const void *task, long part, int rank)
+static void sample_vector(const Components *c, long from, int lanes, float *work)
 {
-    const Components c = *(const Components *)task;
-    float *work = c.work + rank * c.n * LANES;
-    const long stop = least(c.count, (part + 1) * COMPONENTS);
-    for (long from = part * COMPONENTS; from < stop; from += LANES) {
-        const int lanes = (int)least(LANES, stop - from);
-        const vec total = exponentials(c.n, logits(from, lanes, c.n, c.eta, work), work);
-        float bound[LANES] = {0}, found[LANES] = {0}, below[LANES] = {0};
-        store(bound, total);
-        for (int k = 0; k < LANES; k++) bound[k] *= k < lanes ? 0.5f * erfcf(c.noise[from + k] * -0.70710678f) : 0;
-        for (long i = 0; i < c.n - 1; i++)
-            for (int k = 0; k < LANES; k++) {
-                below[k] += work[i * LANES + k];
-                found[k] += below[k] < bound[k] ? 1 : 0;
-            }
-        for (int k = 0; k < lanes; k++) {
-            const long a = (from + k) % c.components;
-            c.out[from + k] = c.low[a] + c.width[a] * (found[k] + 0 * bound[k]);
+    const vec total = exponentials(c->n, logits(from, lanes, c->n, c->eta, work), work);
+    float bound[LANES] = {0}, found[LANES] = {0}, below[LANES] = {0};
+    store(bound, total);
+    for (int k = 0; k < LANES; k++) bound[k] *= k < lanes ? 0.5f * erfcf(c->noise[from + k] * -0.70710678f) : 0;
+    for (long i = 0; i < c->n - 1; i++)
+        for (int k = 0; k < LANES; k++) {
+            below[k] += work[i * LANES + k];
+            found[k] += below[k] < bound[k] ? 1 : 0;
         }
+    for (int k = 0; k < lanes; k++) {
+        const long a = (from + k) % c->components;
+        c->out[from + k] = c->low[a] + c->width[a] * (found[k] + 0 * bound[k]);
     }
 }
 
@@ -838,9 +835,9 @@ static void sample_part(const void *task, long part, int rank)
 void ordinal_sample(long rows, long components, long n, const float *eta, const float *noise, const float *low,
                     const float *width, float *out, float *work, int threads)
 {
-    const Components task = {rows * components, n, components, .eta = eta, .noise = noise, .low = low, .width = width,
-                             .out = out, .work = work};
-    share(threads, sample_part, &task, parts_of(task.count));
+    const Components task = {sample_vector, rows * components, n, components, .eta = eta, .noise = noise, .low = low,
+                             .width = width, .out = out, .work = work};
+    share_components(threads, &task);
 }
 
 /* ------------------------------------------------------------------------------------------------ rollouts ---- */
