@@ -121,20 +121,23 @@ class Ordinal(_NormalNoise):
     Args:
         space: bounds of the actions, finite.
         bins: n ≥ 2.
+        device: of the η to come; of others' bounds would be copied from here at each use, and be waited for.
     """
 
     action_dtype: torch.dtype | None = None  # actions are the values themselves
 
-    def __init__(self, space: spaces.Box, bins: int):
+    def __init__(self, space: spaces.Box, bins: int, *, device: torch.device | str = "cpu"):
         self.bins = bins
         self.action_dim = self.noise_dim = math.prod(space.shape)
         self.param_dim = self.action_dim * bins
-        low, high = (torch.as_tensor(bound.ravel(), dtype=torch.float64) for bound in (space.low, space.high))
+        low, high = (
+            torch.as_tensor(bound.ravel(), dtype=torch.float64).to(device) for bound in (space.low, space.high)
+        )
         self._low, self._width = low, (high - low) / (bins - 1)
         self.native = NativeOrdinal(self._low, self._width, bins)
         # C [n, n]: how far each parameter of a component raises each logit; the tilt is the sum of all differences.
         above = torch.ones(bins - 1, bins, dtype=torch.float64).triu(1)
-        self._raises = torch.cat([above.sum(0, keepdim=True), above])
+        self._raises = torch.cat([above.sum(0, keepdim=True), above]).to(device)
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""
@@ -147,7 +150,7 @@ class Ordinal(_NormalNoise):
     def mode(self, eta: Tensor) -> Tensor:
         """The mean: between two values, where the most likely one would jump from one to the next."""
         p = self._probabilities(eta)
-        return self._value(torch.einsum("n,n...->...", torch.arange(self.bins).to(p), p))
+        return self._value(torch.einsum("n,n...->...", torch.arange(self.bins, device=p.device).to(p), p))
 
     def log_prob(self, eta: Tensor, action: Tensor) -> Tensor:
         index = self._index(action).unsqueeze(0)
@@ -184,7 +187,7 @@ class Ordinal(_NormalNoise):
         Their σ is `std`, in the unit of the actions, or where values lie farther apart than that their distance: the
         neighbours of the middle one have to be tried for anything to be learned.
         """
-        steps = torch.outer(self._width, torch.arange(self.bins) - 0.5 * (self.bins - 1))
+        steps = torch.outer(self._width, torch.arange(self.bins, device=self._width.device) - 0.5 * (self.bins - 1))
         x = steps / self._width.clamp(min=std).unsqueeze(-1)
         return nn.functional.pad((-0.5 * x.square()).diff(), (1, 0)).flatten()
 
@@ -313,14 +316,18 @@ class Bernoulli(_NormalNoise):
         return lambda u: diagonal * u
 
 
-def distribution_for(space: spaces.Space, *, bins: int | None = None) -> Distribution:
+def distribution_for(
+    space: spaces.Space, *, bins: int | None = None, device: torch.device | str = "cpu"
+) -> Distribution:
     """The distribution for an action space: for a Box with finite bounds and `bins` an ordinal one, else a Gaussian.
+
+    `device` is where η will be.
 
     Raises:
         EnvError: the space is none of Box, Discrete, MultiDiscrete, MultiBinary.
     """
     if isinstance(space, spaces.Box) and bins is not None and space.is_bounded("both"):
-        return Ordinal(space, bins)
+        return Ordinal(space, bins, device=device)
     if isinstance(space, spaces.Box):
         return DiagonalGaussian(math.prod(space.shape))
     if isinstance(space, spaces.Discrete):

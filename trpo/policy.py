@@ -328,7 +328,7 @@ def build_policy(
 ) -> Policy:
     """The policy of a config for flat observations [D] and any supported action space, freshly initialised."""
     settings, dtype = config.policy, getattr(torch, config.dtype)
-    distribution = distribution_for(action_space, bins=settings.bins)
+    distribution = distribution_for(action_space, bins=settings.bins, device=device)
     obs_dim = observation_space.shape[0]
     std = settings.std if isinstance(distribution, DiagonalGaussian) else None
     from_state = std is None or (isinstance(std, LearnedStdConfig) and std.state_dependent)

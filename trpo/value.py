@@ -287,7 +287,7 @@ class GaussNewtonFit:
 def mean_squared_error(value: ValueFunction, obs: Tensor, target: Tensor, all_sum: AllSum = one_process) -> float:
     """E[(V(s) − target)²] over all processes."""
     error = (value(obs) - target).square().sum(dtype=torch.float64)
-    total, count = all_sum(torch.stack([error, error.new_tensor(float(len(obs)))])).tolist()
+    total, count = all_sum(torch.stack([error, error.new_full((), len(obs))])).tolist()
     return total / count
 
 

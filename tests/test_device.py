@@ -1,0 +1,65 @@
+"""Runs on a GPU, as far as a pretended one shows them: nothing is on the wrong device, and nothing waits without need.
+
+What a real one does with the numbers, and how fast, is not to be seen here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES = Path(__file__).with_name("on_pretended_gpu.py")
+RUN = "total_steps: 1024, batch_size: 256, dtype: float64, checkpoint: {every_steps: 0}"
+RUN += ", evaluation: {every_steps: 512, episodes: 1, final_episodes: 1}"
+PENDULUM = "env: {id: Pendulum-v1, backend: torch, num_envs: 4}"
+READ_IN_A_STEP = 5  # the gradient's norm, CG, xᵀFx, the improvement expected, and the length of the step
+
+
+def run(case: str, *arguments: str) -> Any:
+    # In a process of its own: the pretended GPU is there for good.
+    done = subprocess.run([sys.executable, str(CASES), case, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_the_pretended_gpu_refuses_and_waits_as_a_real_one() -> None:
+    *refused, one, mask, there, back, nonzero, many, last = run("refusals")
+    assert [text.split(":")[0] for text in refused] == ["aten", "aten", "aten"]
+    assert all("on pretended:0 and on the CPU" in text for text in refused)
+    assert [one, mask, there, back] == ["aten::_local_scalar_dense", "aten::index.Tensor", "a copy", "a copy"]
+    assert [nonzero, many, last] == ["aten::nonzero", "tolist", "a copy"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PENDULUM,
+        "env: {id: CartPole-v1, backend: torch, num_envs: 4}",
+        "env: {id: Pendulum-v1, num_envs: 4}, policy: {bins: null}, natural_gradient: {preconditioner: kronecker}",
+        f"{PENDULUM}, policy: {{bins: null, std: 0.5}}, value: {{fit: gauss_newton, fit_first: true}}",
+        f"{PENDULUM}, natural_gradient: {{fisher_subsample: 0.5}}, value: {{adam: {{minibatch_size: 64}}}}",
+    ],
+)
+def test_a_run_learns_what_it_learns_on_the_cpu(settings: str) -> None:
+    # The pretended GPU computes as the CPU does; CG is written otherwise for it, so it may round otherwise, which four
+    # updates in float64 do not raise above this.
+    assert run("training", f"{{{settings}, {RUN}}}") < 1e-8
+
+
+def test_cg_is_read_once_and_a_candidate_once() -> None:
+    by_policy = run("step_waits")
+    for policy, steps in by_policy.items():
+        assert {waits for waits, _ in steps.values()} == {READ_IN_A_STEP}, policy
+    assert max(steps["too long a step"][1] for steps in by_policy.values()) > 2  # candidates
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+def test_a_rollout_waits_only_before_and_after_its_steps(env_id: str) -> None:
+    settings = f"{{env: {{id: {env_id}, backend: torch, num_envs: 4}}, total_steps: 10_000}}"
+    short, long = run("rollout_waits", settings, "8", "40")
+    assert short == long
