@@ -34,7 +34,7 @@ POLICIES: dict[str, tuple[spaces.Space[Any], dict[str, Any]]] = {
 
 def trained(settings: str, device: torch.device) -> torch.Tensor:
     """θ of policy and V after a run that was stopped once and resumed, one after the other, on the CPU."""
-    trpo.trainer.resolve_device = lambda name: device  # type: ignore[assignment]
+    trpo.trainer.training_device = lambda config: device  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as root:
         config = parse_config(settings)
         path = trpo.trainer.Trainer(config, root=root, console=False).train(max_updates=2).directory
@@ -88,7 +88,7 @@ def _step_waits(space: spaces.Space[Any], settings: dict[str, Any]) -> dict[str,
 
 def rollout_waits(settings: str, *lengths: str) -> list[int]:
     """How often rollouts of so many steps wait."""
-    trpo.trainer.resolve_device = lambda name: DEVICE  # type: ignore[assignment]
+    trpo.trainer.training_device = lambda config: DEVICE  # type: ignore[assignment]
     counts = []
     with pretended_gpu(), tempfile.TemporaryDirectory() as root:
         for length in lengths:

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from trpo.config import Config
+from trpo.device import training_device
 
 CASES = Path(__file__).with_name("on_pretended_gpu.py")
 RUN = "total_steps: 1024, batch_size: 256, dtype: float64, checkpoint: {every_steps: 0}"
@@ -63,3 +67,30 @@ def test_a_rollout_waits_only_before_and_after_its_steps(env_id: str) -> None:
     settings = f"{{env: {{id: {env_id}, backend: torch, num_envs: 4}}, total_steps: 10_000}}"
     short, long = run("rollout_waits", settings, "8", "40")
     assert short == long
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "cpu"),
+        ({"env": {"id": "Hopper-v5", "num_envs": 64}, "device": "cuda"}, "cuda:0"),
+        ({"env": {"id": "Pendulum-v1", "backend": "torch"}}, "cuda:0"),
+        ({"env": {"id": "Pendulum-v1", "backend": "torch"}, "device": "cpu"}, "cpu"),
+        ({"policy": {"hidden_sizes": [64, 256]}}, "cuda:0"),
+        ({"value": {"hidden_sizes": [255]}}, "cpu"),
+        ({"value": {"body": {"name": "bodies:mlp"}}}, "cuda:0"),
+    ],
+)
+def test_auto_takes_a_gpu_that_has_work(
+    settings: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = Config.model_validate({"env": {"id": "Hopper-v5"}, **settings})
+    assert str(training_device(config)) == expected
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wide = Config.model_validate({"env": {"id": "Hopper-v5"}, "policy": {"hidden_sizes": [512]}})
+    assert str(training_device(wide)) == "cpu"

@@ -1,4 +1,4 @@
-"""Which device a setting names."""
+"""Which device a run or a policy lives on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ import os
 
 import torch
 
+from trpo.config import Config
 from trpo.errors import UserError
+
+_WIDE = 256  # units of a hidden layer
+
+
+def training_device(config: Config) -> torch.device:
+    """Where a run lives: `auto` takes a GPU if there is one and the run has work for it.
+
+    Compiled code takes as long for the products of the default networks as a GPU to start its thousands of kernels, and
+    a rollout of environments on the CPU would go back and forth at each step.
+
+    Raises:
+        UserError: as `resolve_device`.
+    """
+    wide = any(net.body or max(net.hidden_sizes, default=0) >= _WIDE for net in (config.policy, config.value))
+    small = config.device == "auto" and not wide and config.env.backend != "torch"
+    return torch.device("cpu") if small else resolve_device(config.device)
 
 
 def resolve_device(name: str) -> torch.device:

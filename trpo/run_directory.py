@@ -23,7 +23,7 @@ from trpo import native
 from trpo.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
-from trpo.device import resolve_device
+from trpo.device import training_device
 from trpo.errors import CheckpointError, UserError
 
 _PACKAGES = ("trpo", "torch", "numpy", "gymnasium", "mujoco")
@@ -235,7 +235,7 @@ def _meta(config: Config, started: datetime) -> dict[str, Any]:
     return {
         "started": started.isoformat(timespec="seconds"),
         "command": sys.argv,
-        "device": str(resolve_device(config.device)),
+        "device": str(training_device(config)),
         "versions": {name: _version(name) for name in _PACKAGES},
         "native": native.available(),
         "python": platform.python_version(),

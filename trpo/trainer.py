@@ -25,7 +25,7 @@ from trpo.collector import Collector, Episodes
 from trpo.config import Config
 from trpo.config_difference import config_difference, without_effect
 from trpo.config_file import dump_config
-from trpo.device import resolve_device
+from trpo.device import training_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
@@ -93,7 +93,7 @@ class Trainer:
     ):
         self.config = config
         self.on_update = on_update
-        self.device = resolve_device(config.device)
+        self.device = training_device(config)
         self.env_steps = 0
         self.updates = 0
         self.elapsed_s = 0.0
