@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import backend_registration
 
 from trpo.config import Config
 from trpo.device import training_device
@@ -21,7 +22,12 @@ CASES = Path(__file__).with_name("on_pretended_gpu.py")
 RUN = "total_steps: 1024, batch_size: 256, dtype: float64, checkpoint: {every_steps: 0}"
 RUN += ", evaluation: {every_steps: 512, episodes: 1, final_episodes: 1}"
 PENDULUM = "env: {id: Pendulum-v1, backend: torch, num_envs: 4}"
-READ_IN_A_STEP = 5  # the gradient's norm, CG, xᵀFx, the improvement expected, and the length of the step
+READ_IN_A_STEP = 3  # the gradient's norm, CG, and xᵀFx with what else is known of x
+
+can_pretend = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch lets no device be written in Python",
+)
 
 
 def run(case: str, *arguments: str) -> Any:
@@ -31,6 +37,7 @@ def run(case: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+@can_pretend
 def test_the_pretended_gpu_refuses_and_waits_as_a_real_one() -> None:
     *refused, one, mask, there, back, nonzero, many, last = run("refusals")
     assert [text.split(":")[0] for text in refused] == ["aten", "aten", "aten"]
@@ -39,6 +46,7 @@ def test_the_pretended_gpu_refuses_and_waits_as_a_real_one() -> None:
     assert [nonzero, many, last] == ["aten::nonzero", "tolist", "a copy"]
 
 
+@can_pretend
 @pytest.mark.parametrize(
     "settings",
     [
@@ -55,6 +63,7 @@ def test_a_run_learns_what_it_learns_on_the_cpu(settings: str) -> None:
     assert run("training", f"{{{settings}, {RUN}}}") < 1e-8
 
 
+@can_pretend
 def test_cg_is_read_once_and_a_candidate_once() -> None:
     by_policy = run("step_waits")
     for policy, steps in by_policy.items():
@@ -62,6 +71,7 @@ def test_cg_is_read_once_and_a_candidate_once() -> None:
     assert max(steps["too long a step"][1] for steps in by_policy.values()) > 2  # candidates
 
 
+@can_pretend
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
 def test_a_rollout_waits_only_before_and_after_its_steps(env_id: str) -> None:
     settings = f"{{env: {{id: {env_id}, backend: torch, num_envs: 4}}, total_steps: 10_000}}"

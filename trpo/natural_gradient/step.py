@@ -154,7 +154,7 @@ def trust_region_step(
         return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
     # xᵀFx without another product: Fx = g − residual − λx. Unless λ was all there was, and the difference is rounding.
     fx = gradient - cg.residual - settings.damping * cg.x
-    curvature, slope = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient)]).tolist()
+    curvature, slope, norm = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient), cg.x.norm()]).tolist()
     if curvature < 1e-3 * slope:
         curvature = float(torch.dot(cg.x, fisher(cg.x)))
     if not curvature > 0:
@@ -162,8 +162,8 @@ def trust_region_step(
         lost = curvature >= -1e-3 * slope
         outcome = Outcome.NO_CURVATURE if lost else Outcome.NONPOSITIVE_CURVATURE
         return StepReport(outcome, max_kl, gradient_norm, cg=cg)
-    step = math.sqrt(2 * max_kl / curvature) * cg.x
-    expected_gain = float(torch.dot(gradient, step))
+    length = math.sqrt(2 * max_kl / curvature)
+    step, expected_gain = length * cg.x, length * slope
 
     log_prob_old = dist.log_prob(eta_old, batch.action)
 
@@ -186,7 +186,7 @@ def trust_region_step(
         Outcome.ACCEPTED,
         max_kl,
         gradient_norm,
-        step_norm=search.scale * float(step.norm()),
+        step_norm=search.scale * length * norm,
         expected_gain=search.scale * expected_gain,
         gain=search.gain,
         quadratic_kl=search.scale**2 * max_kl,
