@@ -121,7 +121,7 @@ class Ordinal(_NormalNoise):
     Args:
         space: bounds of the actions, finite.
         bins: n ≥ 2.
-        device: of the η to come; of others' bounds would be copied from here at each use, and be waited for.
+        device: where η will be. For η elsewhere constants are copied at each use, and the copy is waited for.
     """
 
     action_dtype: torch.dtype | None = None  # actions are the values themselves
