@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trpo import Config, Trainer
-from trpo.benchmark.floor import update_flops
+from trpo import Config
+from trpo.agent import UpdateReport
+from trpo.benchmark.floor import matmul_rate, update_flops
+from trpo.benchmark.ours import temporary_trainer
+from trpo.benchmark.speed import processor
+from trpo.benchmark.speed_report import milliseconds, number, table
+from trpo.benchmark.work import Numbers, median_seconds, repeat, wait
 from trpo.timers import PhaseTimers
 
 HERE = Path(__file__).parent
@@ -44,10 +45,9 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def trainer_on(device: str, envs: int, hidden: int = 64) -> Iterator[Trainer]:
+def config(device: str, envs: int, hidden: int = 64) -> Config:
     batch = envs * STEPS
-    config = Config.model_validate(
+    return Config.model_validate(
         {
             "env": {"id": "Pendulum-v1", "backend": "torch", "num_envs": envs},
             "total_steps": 10**12,
@@ -59,63 +59,49 @@ def trainer_on(device: str, envs: int, hidden: int = 64) -> Iterator[Trainer]:
             "checkpoint": {"every_steps": 0},
         }
     )
-    with (
-        tempfile.TemporaryDirectory() as root,
-        closing(Trainer(config, root=root, console=False)) as trainer,
-        trainer.threads(),
-    ):
-        trainer._iteration()  # warms up
-        yield trainer
 
 
-def seconds(device: str, function: Callable[[], object], repeats: int) -> float:
-    """Median, all work on the device done."""
-    taken = []
-    for _ in range(repeats):
-        wait(device)
-        start = time.perf_counter()
+def took(device: str, function: Callable[[], object], repeats: int) -> float:
+    """Median seconds, all work on the device done."""
+
+    def done() -> None:
         function()
         wait(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+
+    return median_seconds(done, before=lambda: wait(device), repeats=repeats)
 
 
-def wait(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize(torch.device(device))
-
-
-def training(device: str, envs: int, repeats: int) -> dict[str, float]:
-    with trainer_on(device, envs) as trainer:
-        iteration = seconds(device, trainer._iteration, repeats)
-        rollout = seconds(device, trainer.collector.collect, repeats)
+def training(device: str, envs: int, repeats: int) -> Numbers:
+    with temporary_trainer(config(device, envs)) as trainer:
+        iteration = took(device, trainer._iteration, repeats)
+        rollout = took(device, trainer.collector.collect, repeats)
     return {"steps_per_s": envs * STEPS / iteration, "rollout_s": rollout, "iteration_s": iteration}
 
 
-def update(device: str, batch: int, hidden: int, repeats: int) -> dict[str, float]:
-    with trainer_on(device, batch // STEPS, hidden) as trainer:
+def update(device: str, batch: int, hidden: int, repeats: int) -> Numbers:
+    with temporary_trainer(config(device, batch // STEPS, hidden)) as trainer:
+        trainer._iteration()  # a normaliser that has seen data, a value function that has been fitted
         agent, (rollout, _) = trainer.agent, trainer.collector.collect()
 
-        def whole() -> Any:
+        def whole() -> UpdateReport:
             return agent.update(rollout, progress=0.0, timers=PhaseTimers())
 
-        took = seconds(device, whole, repeats)
+        whole_s = took(device, whole, repeats)
         with Operations() as operations:
-            report = whole()
+            step = whole().step
         parameters = agent.policy.distribution.param_dim
     # Here torch has all threads again; within, compiled code has.
-    cg, search = report.step.cg, report.step.search
     flops = update_flops(
         [3, hidden, hidden, parameters],
         batch,
-        cg_iterations=cg.iterations if cg else 0,
-        evaluations=search.tries if search else 0,
+        cg_iterations=step.cg.iterations if step.cg else 0,
+        evaluations=step.search.tries if step.search else 0,
     )
     return {
-        "whole_s": took,
+        "whole_s": whole_s,
         "operations": operations.count,
         "start_floor_s": operations.count * start_time(device),
-        "product_floor_s": flops / max(product_rate(device, rows, hidden) for rows in (1024, batch)),
+        "product_floor_s": flops / matmul_rate(hidden, batch, device=device),
     }
 
 
@@ -123,51 +109,37 @@ def update(device: str, batch: int, hidden: int, repeats: int) -> dict[str, floa
 def start_time(device: str) -> float:
     """Seconds from one small operation to the next."""
     x = torch.zeros(1, device=device)
-
-    def many() -> None:
-        for _ in range(1000):
-            x.add_(1.0)
-
-    return seconds(device, many, 10) / 1000
-
-
-@torch.no_grad()
-def product_rate(device: str, batch: int, hidden: int) -> float:
-    """Most floating-point operations per second of products like those of a hidden layer."""
-    rows, square = torch.randn(batch, hidden, device=device), torch.randn(hidden, hidden, device=device)
-    return 2 * batch * hidden * hidden / min(seconds(device, lambda: rows @ square, 1) for _ in range(30))
-
-
-def table(header: str, rows: list[str]) -> list[str]:
-    return ["", header, "|" + "---|" * header.count(" | ") + "---|", *rows]
+    return took(device, lambda: repeat(lambda: x.add_(1.0), 1000), 10) / 1000
 
 
 def report(result: dict[str, Any]) -> str:
-    lines = [
-        f"Made by `python benchmarks/devices.py`: {result['machine']}; torch {result['torch']}.",
-        "",
-        "Training on Pendulum-v1 as tensors, 16 steps a rollout:",
-        *table(
-            "| Device | Environments | Steps/s | Rollout, ms | Iteration, ms |",
-            [
-                f"| {r['device']} | {r['envs']:,} | {r['steps_per_s']:,.0f} | {1e3 * r['rollout_s']:,.1f} "
-                f"| {1e3 * r['iteration_s']:,.1f} |"
-                for r in result["training"]
-            ],
-        ),
-        "",
-        "One update, critic and statistics included; the floors are that of the policy's matrix products, and that of "
-        "starting all of torch's operations, of which compiled code on the CPU leaves few:",
-        *table(
-            "| Device | Batch × width | Update, ms | Products alone, ms | Starting alone, ms | Operations |",
-            [
-                f"| {r['device']} | {r['batch']} × {r['hidden']} | {1e3 * r['whole_s']:,.1f} "
-                f"| {1e3 * r['product_floor_s']:,.1f} | {1e3 * r['start_floor_s']:,.1f} | {r['operations']:,} |"
-                for r in result["updates"]
-            ],
-        ),
+    training = [
+        (
+            r["device"],
+            number(r["envs"]),
+            number(r["steps_per_s"]),
+            *map(milliseconds, (r["rollout_s"], r["iteration_s"])),
+        )
+        for r in result["training"]
     ]
-    return "\n".join(lines) + "\n"
+    updates = [
+        (
+            r["device"],
+            f"{r['batch']} × {r['hidden']}",
+            *map(milliseconds, (r["whole_s"], r["product_floor_s"], r["start_floor_s"])),
+            number(r["operations"]),
+        )
+        for r in result["updates"]
+    ]
+    head = f"Made by `python benchmarks/devices.py`: {result['machine']}; torch {result['torch']}.\n"
+    foot = (
+        "An update holds the critic's and the statistics. Its floors are that of the policy's matrix products, and\n"
+        "that of starting all of torch's operations, of which compiled code on the CPU leaves few.\n"
+    )
+    header = ("Device", "Environments", "Steps/s", "Rollout, ms", "Iteration, ms")
+    sections = [head, table(f"Training on Pendulum-v1 as tensors, {STEPS} steps a rollout", header, training)]
+    header = ("Device", "Batch × width", "Update, ms", "Products alone, ms", "Starting alone, ms", "Operations")
+    return "\n".join([*sections, table("One update", header, updates), foot])
 
 
 def main() -> None:
@@ -180,7 +152,7 @@ def main() -> None:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     devices = args.device or ["cpu", *["cuda"][: len(gpus)]]
     result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {', '.join(gpus) or 'no GPU'}",
+        "machine": f"{processor()}, {os.cpu_count()} cores; {', '.join(gpus) or 'no GPU'}",
         "torch": torch.__version__,
         "training": [
             {"device": device, "envs": envs, **training(device, envs, args.repeats)}

@@ -130,8 +130,6 @@ class _Made(TorchFunctionMode):
         if function is torch.tensor and kwargs.get("device") is not None:
             device = kwargs.pop("device")
             return function(*args, **kwargs).to(device)
-        if function is torch.Tensor.new_tensor and isinstance(args[0], OnDevice):
-            return torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs}).to(DEVICE)
         return function(*args, **kwargs)
 
 

@@ -9,7 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# MKL's, and that of oneDNN, which torch brings along for its compiler: it uses AVX-512 on all processors.
+from trpo.benchmark.work import wait
+
+# MKL's, and that of oneDNN, for CPUs, which torch brings along for its compiler: it uses AVX-512 on all processors.
 _PRODUCTS: list[Callable[[Tensor, Tensor], Tensor]] = [torch.mm]
 if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     _PRODUCTS.append(lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], ""))
@@ -39,7 +41,7 @@ def update_flops(sizes: Sequence[int], batch: int, *, cg_iterations: int, evalua
 
 
 @torch.no_grad()
-def matmul_rate(width: int, batch: int, *, repeats: int = 20) -> float:
+def matmul_rate(width: int, batch: int, *, repeats: int = 20, device: str = "cpu") -> float:
     """Most floating-point operations per second of float32 products shaped like those of a hidden layer.
 
     Best over rows, orientation ([B, h] × [h, h] and [h, B] × [B, h]), torch's libraries, and repeats: a floor wants the
@@ -47,12 +49,14 @@ def matmul_rate(width: int, batch: int, *, repeats: int = 20) -> float:
     """
     best = 0.0
     for rows in {256, 1024, batch}:
-        left, square = torch.randn(rows, width), torch.randn(width, width)
+        left, square = torch.randn(rows, width, device=device), torch.randn(width, width, device=device)
         for a, b in ((left, square), (left.T, left)):
-            for multiply in _PRODUCTS:
+            for multiply in _PRODUCTS if device == "cpu" else _PRODUCTS[:1]:
                 multiply(a, b)
+                wait(device)
                 for _ in range(repeats):
                     start = time.perf_counter()
                     multiply(a, b)
+                    wait(device)
                     best = max(best, 2 * rows * width * width / (time.perf_counter() - start))
     return best

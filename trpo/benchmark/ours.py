@@ -67,7 +67,7 @@ class Ours:
         actions uniform in their bounds, drawn beforehand."""
         environments = {key: value for key, value in setup.items() if key != "threads"}
         make_config = _defaults if recipe else _config
-        with _trainer(make_config(task, environments, threads=setup.get("threads", self._threads))) as trainer:
+        with temporary_trainer(make_config(task, environments, threads=setup.get("threads", self._threads))) as trainer:
             trainer._iteration()
             before = trainer.env_steps  # counted there: envpool's resets are rows of a batch, but no steps
             took = seconds(lambda: repeat(trainer._iteration, iterations(steps)))
@@ -79,7 +79,7 @@ class Ours:
     def rollout(self, *, envs: int, steps: int) -> Numbers:
         """Rollouts of one number of environments, without updates, against random stepping of the same ones."""
         config = _config(UPDATE_TASK, {"num_envs": envs})
-        with _trainer(config) as trainer:
+        with temporary_trainer(config) as trainer:
             trainer._iteration()
             count = iterations(steps)
             took = seconds(lambda: repeat(trainer.collector.collect, count))
@@ -103,7 +103,7 @@ class _Update:
     """One rollout, and updates on it from the same state again and again."""
 
     def __init__(self, config: Config):
-        with _trainer(config) as trainer:
+        with temporary_trainer(config) as trainer:
             trainer._iteration()  # a normaliser that has seen data, a value function that has been fitted
             self.agent = trainer.agent
             self.rollout, _ = trainer.collector.collect()
@@ -200,7 +200,7 @@ def _defaults(task: str, environments: dict[str, Any], *, threads: int) -> Confi
 
 
 @contextmanager
-def _trainer(config: Config) -> Iterator[Trainer]:
+def temporary_trainer(config: Config) -> Iterator[Trainer]:
     with (
         tempfile.TemporaryDirectory() as root,
         closing(Trainer(config, root=root, console=False)) as trainer,

@@ -147,7 +147,7 @@ def run_speed(
         "threads": threads,
         "rounds": extent.rounds,
         "versions": versions,
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "platform": platform.platform()},
         "tables": tables,
         "errors": errors,
     }
@@ -253,7 +253,7 @@ def _peak_memory(name: str, task: str, steps: int, threads: int) -> dict[str, An
         child.close()
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines: Iterable[str] = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -144,7 +144,7 @@ def report(result: dict[str, Any]) -> str:
         f" within a round.\n{machine['processor']}, {machine['cores']} cores, {result['threads']} thread(s) each; "
         f"{versions}.\n"
     )
-    sections = [head, _table("Targets", ("Ratio", "Measured", "Target", "Met"), [t.row for t in targets(tables)])]
+    sections = [head, table("Targets", ("Ratio", "Measured", "Target", "Met"), [t.row for t in targets(tables)])]
     if update := tables.get("update"):
         sections += [_update_table(update), _variants_table(update.get(OURS))]
     for name, rows in tables.items():
@@ -161,11 +161,11 @@ def report(result: dict[str, Any]) -> str:
             for row, r in rollout.items()
         ]
         title = "Rollouts without updates, Hopper-v5 on the default backend"
-        sections.append(_table(title, ("Environments", "Steps/s", "Random stepping", "Share"), cells))
+        sections.append(table(title, ("Environments", "Steps/s", "Random stepping", "Share"), cells))
     if memory := tables.get("memory"):
         cells = [(row, number(median(rounds, "peak_mib"))) for row, rounds in memory.items()]
         title = "Largest resident set of a process that only trained, 16 environments in it"
-        sections.append(_table(title, ("Contender", "MiB"), cells))
+        sections.append(table(title, ("Contender", "MiB"), cells))
     if result["errors"]:
         sections.append("## Failed\n\n" + "\n".join(f"- {error}" for error in result["errors"]) + "\n")
     return "\n".join([*sections, "## What is compared\n", NOTES])
@@ -175,7 +175,7 @@ def _update_table(rows: Rows) -> str:
     cells = [
         (
             row,
-            *(_milliseconds(median(rounds, key)) for key in ("whole_s", "policy_s", "value_s")),
+            *(milliseconds(median(rounds, key)) for key in ("whole_s", "policy_s", "value_s")),
             number(median_ratio(rounds, rows.get(OURS), "whole_s"), 2),
             number(median_ratio(rounds, rows.get(OURS), "policy_s"), 2),
             "yes" if median(rounds, "accepted") == 1 else "no",
@@ -183,18 +183,18 @@ def _update_table(rows: Rows) -> str:
         for row, rounds in rows.items()
     ]
     header = ("Contender", "Whole, ms", "Policy, ms", "Value, ms", "Whole / ours", "Policy / ours", "Step accepted")
-    return _table("One update on 2048 transitions of Hopper-v5", header, cells)
+    return table("One update on 2048 transitions of Hopper-v5", header, cells)
 
 
 def _variants_table(rounds: Rounds | None) -> str:
     keys = {"15 plain": ("policy_s", "gain"), "50 plain": ("plain 50_s", "plain 50_gain")}
     keys["5 preconditioned"] = ("preconditioned 5_s", "preconditioned 5_gain")
     cells = [
-        (name, _milliseconds(median(rounds, took)), number(median_ratio(rounds, rounds, gain, "plain 50_gain"), 3))
+        (name, milliseconds(median(rounds, took)), number(median_ratio(rounds, rounds, gain, "plain 50_gain"), 3))
         for name, (took, gain) in keys.items()
     ]
     header = ("CG iterations", "Policy part, ms", "Predicted improvement at the KL bound, of that of 50")
-    return _table("The policy part of ours", header, cells)
+    return table("The policy part of ours", header, cells)
 
 
 def _training_table(title: str, rows: Rows) -> str:
@@ -210,24 +210,24 @@ def _training_table(title: str, rows: Rows) -> str:
         for row, rounds in by_contender(rows).items()
     ]
     header = ("Contender and environments", "Steps/s", "Of our best", "Random stepping", "Share of it")
-    return _table(title, header, cells)
+    return table(title, header, cells)
 
 
 def _scaling_table(rows: Rows) -> str:
     cells = [
         (
             row,
-            *(_milliseconds(median(rounds, key)) for key in ("policy_s", "value_s", "floor_s")),
+            *(milliseconds(median(rounds, key)) for key in ("policy_s", "value_s", "floor_s")),
             number(median_ratio(rounds, rounds, "policy_s", "floor_s"), 2),
             number(median(rounds, "flops_per_s") / 1e9, 1),
         )
         for row, rounds in rows.items()
     ]
     header = ("Batch × width", "Policy, ms", "Value, ms", "Floor, ms", "Policy / floor", "GFLOP/s of the floor")
-    return _table("One update of ours as it grows", header, cells)
+    return table("One update of ours as it grows", header, cells)
 
 
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"## {title}", "", *("| " + " | ".join(row) + " |" for row in (header, *rows))]
     lines.insert(3, "|" + "---|" * len(header))
     return "\n".join(lines) + "\n"
@@ -237,7 +237,7 @@ def number(value: float, digits: int = 0) -> str:
     return "–" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def _milliseconds(value: float) -> str:
+def milliseconds(value: float) -> str:
     return number(1000 * value, 1)
 
 

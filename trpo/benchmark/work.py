@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
+import torch
+
 UPDATE_TASK = "Hopper-v5"
 UPDATE_ENVS = 8
 BATCH = 2048
@@ -58,6 +60,12 @@ def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def wait(device: str) -> None:
+    """Until an accelerator has done what it was given."""
+    if device != "cpu":
+        torch.accelerator.synchronize(torch.device(device))
 
 
 def repeat(function: Callable[[], object], times: int) -> None:
