@@ -172,17 +172,6 @@ def save_policy(
     save_state(path, state, replace=True)
 
 
-def policy_settings(path: str | Path) -> Config:
-    """The settings of the run that a saved policy came from; builds and imports nothing.
-
-    Raises:
-        CheckpointError: as `load_policy`.
-    """
-    directory, state = _read(Path(path))
-    with _one_kind_of_error(directory):
-        return _config(state)
-
-
 def load_policy(path: str | Path, *, device: str = "cpu", trust_code: bool = False) -> SavedPolicy:
     """Opens a policy directory, or the `final/` (else `best/`) policy of a run directory.
 
@@ -201,6 +190,25 @@ def load_policy(path: str | Path, *, device: str = "cpu", trust_code: bool = Fal
     on = resolve_device(device)  # a device that does not exist is not the file's fault
     with _one_kind_of_error(directory):
         return _restore(state, directory, on, trust_code)
+
+
+def load_starting_policy(path: str | Path, config: Config) -> SavedPolicy:
+    """`load_policy` for a new run with `config`, which trusts the layers of one's own (`policy.body`) that it names.
+
+    Raises:
+        CheckpointError: as `load_policy`, or its `policy.body` is another than that of `config`.
+        ConfigError: as `load_policy`.
+    """
+    directory, state = _read(Path(path))
+    with _one_kind_of_error(directory):
+        body, given = _config(state).policy.body, config.policy.body
+    if body != given:
+        raise CheckpointError(
+            f"{path} is no policy to start from here: its policy.body is {body and body.name}, the config's "
+            f"{given and given.name}, or their kwargs differ; set what it was saved with"
+        )
+    with _one_kind_of_error(directory):
+        return _restore(state, directory, torch.device("cpu"), trust_code=True)
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:

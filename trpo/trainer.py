@@ -39,7 +39,7 @@ from trpo.natural_gradient import StepReport
 from trpo.policy import Policy
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.run_directory import RunDirectory, RunLock
-from trpo.saved_policy import SavedPolicy, load_policy, policy_settings, save_policy
+from trpo.saved_policy import load_policy, load_starting_policy, save_policy
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
 from trpo.video import VideoError, try_recording
@@ -112,15 +112,7 @@ class Trainer:
         self._lock: RunLock | None = None
         if resume and start_from:
             raise UserError(f"a run that goes on has a policy already: {start_from} is for new ones")
-        self._origin: SavedPolicy | None = None
-        if start_from:
-            body, given = policy_settings(start_from).policy.body, config.policy.body
-            if body != given:
-                raise CheckpointError(
-                    f"{start_from} is no policy to start from here: its policy.body is {body and body.name}, the "
-                    f"config's {given and given.name}, or their kwargs differ; set what it was saved with"
-                )
-            self._origin = load_policy(start_from, trust_code=True)  # code that this config names, too
+        self._origin = load_starting_policy(start_from, config) if start_from else None
         self.group = join_group(self.device)
         try:
             self._build()
