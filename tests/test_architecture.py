@@ -47,7 +47,7 @@ LAYERS = (
         "timers",
     },
     {"envs", "plotting", "policy", "run_directory", "value", "video"},
-    {"agent", "collector", "diagnostics", "evaluation", "saved_policy"},
+    {"agent", "collector", "diagnostics", "evaluation", "remarks", "saved_policy"},
     {"export", "trainer"},
     {"benchmark"},
     {"__init__"},  # the public names, imported on first use

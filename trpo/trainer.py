@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 
 from trpo import native
 from trpo.agent import Agent, UpdateReport
@@ -23,7 +22,7 @@ from trpo.batch import Rollout
 from trpo.checkpoint import CheckpointStore
 from trpo.collector import Collector, Episodes
 from trpo.config import Config
-from trpo.config_difference import config_difference, without_effect
+from trpo.config_difference import config_difference
 from trpo.config_file import dump_config
 from trpo.device import training_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
@@ -36,15 +35,14 @@ from trpo.evaluation import Evaluation, check_environment, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
 from trpo.natural_gradient import StepReport
-from trpo.policy import Policy
 from trpo.random_streams import stream_seed, torch_generator
+from trpo.remarks import remarks
 from trpo.run_directory import RunDirectory, RunLock
 from trpo.saved_policy import load_policy, load_starting_policy, save_policy
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
 from trpo.video import VideoError, try_recording
 
-IMAGE_SIZE = 64 * 64  # components of an observation that is probably an image, of which these networks know nothing
 CHECKPOINT_AFTER_S = 600.0  # a slow environment takes hours for `checkpoint.every_steps`
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
 
@@ -206,27 +204,12 @@ class Trainer:
         if changed and self.group.leads:
             self.run.change_config(self.config)
             self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
-        for remark in self._remarks(new=resume is None):
-            self._say(remark)
-
-    def _remarks(self, *, new: bool) -> Iterator[str]:
-        """What a user may not expect of these settings."""
         if self._origin is not None:
-            yield f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}"
-        for idle in without_effect(self.config):
-            yield f"note: no effect: {idle}"
-        if self.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
-            yield "note: the compiled part is missing, so updates take longer; reinstall trpo with a C compiler"
-        inputs = self.agent.policy.normalizer.moments.mean.shape[0]
-        if inputs >= IMAGE_SIZE and self.config.policy.body is None:
-            yield (
-                f"note: {inputs} components of an observation all go into one layer; env.wrappers can reduce images, "
-                "policy.body and value.body look at them otherwise"
-            )
-        if new and (odd := _std_beside_bounds(self.agent.policy, self.action_space)):
-            yield f"note: {odd}"
+            self._say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
+        for remark in remarks(self.config, self.agent.policy, self.action_space, new=resume is None):
+            self._say(f"note: {remark}")
         if not self._restorable:
-            yield "note: this environment backend cannot be restored to the bit; a resumed run starts new episodes"
+            self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
         """Trains to the end (or for `max_updates` more updates), then saves, evaluates the last policy and closes.
@@ -548,19 +531,3 @@ class Trainer:
                 resources.callback(self.writer.close)
             if self.env is not None:
                 resources.callback(self.env.close)
-
-
-def _std_beside_bounds(policy: Policy, action_space: spaces.Space[Any]) -> str | None:
-    """What is odd about the σ of a Gaussian policy beside the bounds of its actions, which an ordinal one knows."""
-    std = policy.std()  # NaN for all that is no Gaussian of one σ
-    if not isinstance(action_space, spaces.Box) or not math.isfinite(std):
-        return None
-    half = (action_space.high.astype(np.float64) - action_space.low) / 2
-    for i, reach in enumerate(half.ravel().tolist()):
-        if 0 < reach < math.inf and not reach / 20 <= std <= 20 * reach:
-            size = "small" if std < reach else "large"
-            return (
-                f"the actions' σ of {std:g} is {size} beside the bounds of component {i}, {reach:g} to either side; "
-                "set policy.std in the unit of the actions, or let policy.bins be a number"
-            )
-    return None
