@@ -44,6 +44,11 @@ from trpo.timers import PhaseTimers
 from trpo.video import VideoError, try_recording
 
 CHECKPOINT_AFTER_S = 600.0  # a slow environment takes hours for `checkpoint.every_steps`
+FIXED = {  # settings of a run for good
+    "batch_size": "whose schedules and end are counted in updates",
+    "name": "whose directory has it",
+    "seed": "whose random streams go on",
+}
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
 
 
@@ -171,17 +176,7 @@ class Trainer:
             self.run = RunDirectory.open(Path(directory))
         warn = self._warn if self.group.leads else lambda _: None  # all look at the same checkpoints
         self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep, on_warning=warn)
-        changed: list[str] = []
-        if resume:
-            found = self.store.newest()
-            if found is None:
-                raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
-            changed = self._load_state(found[1], found[0])
-            if changed and self._is_finished():
-                # Nothing would be trained with them, and the record would say that all was.
-                raise UserError(f"{resume} is finished: raise total_steps to go on with {'; '.join(changed)}")
-            if self.updates > self.config.updates:
-                raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
+        changed = self._take_up(resume) if resume else []
         unsaid = [text for texts in self.group.gather_objects(self._unsaid) for text in texts]
         self._unsaid, self._opened = [], True
         if self.group.leads:
@@ -199,17 +194,30 @@ class Trainer:
                 self._say(text)
             if changed or not resume:
                 self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
-        if resume and self.group.leads and self.updates < self.config.updates:
-            self.run.set_final_aside()
-        if changed and self.group.leads:
-            self.run.change_config(self.config)
-            self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
+            if resume and self.updates < self.config.updates:
+                self.run.set_final_aside()
+            if changed:
+                self.run.change_config(self.config)
+                self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
         if self._origin is not None:
             self._say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
         for remark in remarks(self.config, self.agent.policy, self.action_space, new=resume is None):
             self._say(f"note: {remark}")
         if not self._restorable:
             self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
+
+    def _take_up(self, resume: Path) -> list[str]:
+        """Goes on from the newest checkpoint; the settings that differ from those it was trained with."""
+        found = self.store.newest()
+        if found is None:
+            raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
+        changed = self._load_state(*found)
+        if changed and self._is_finished():
+            # Nothing would be trained with them, and the record would say that all was.
+            raise UserError(f"{resume} is finished: raise total_steps to go on with {'; '.join(changed)}")
+        if self.updates > self.config.updates:
+            raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
+        return changed
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
         """Trains to the end (or for `max_updates` more updates), then saves, evaluates the last policy and closes.
@@ -463,20 +471,16 @@ class Trainer:
             "processes": self.group.gather_objects(local),
         }
 
-    def _load_state(self, state: dict[str, Any], path: Path) -> list[str]:
+    def _load_state(self, path: Path, state: dict[str, Any]) -> list[str]:
         """Takes up a checkpoint; the settings that differ from those it was trained with."""
         assert self.env is not None
         changed: list[str] = []
         try:
             saved = Config.model_validate(state["config"])
             changed = config_difference(saved, self.config)
-            if saved.batch_size != self.config.batch_size:
-                # Schedules and the end of a run are counted in updates.
-                raise UserError("batch_size cannot change within a run; go on without it, or start a new run")
-            if saved.name != self.config.name:
-                raise UserError("name cannot change within a run, whose directory has it; start a new run")
-            if saved.seed != self.config.seed:
-                raise UserError("seed cannot change within a run, whose random streams go on; start a new run")
+            for key, why in FIXED.items():
+                if getattr(saved, key) != getattr(self.config, key):
+                    raise UserError(f"{key} cannot change within a run, {why}; go on without it, or start a new run")
             if len(state["processes"]) != self.group.size:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
                 raise CheckpointError(f"{path}: {problem}")
