@@ -11,7 +11,8 @@ from pathlib import Path
 from trpo.benchmark.learning import AGENTS, SUITES, plan, run, write_tables
 from trpo.benchmark.side_by_side import side_by_side
 from trpo.benchmark.speed import PARTS, QUICK, TASKS, Extent, run_speed
-from trpo.errors import CommandParser, UserError, at_least, run_command
+from trpo.command_line import CommandParser, at_least, run_command
+from trpo.errors import UserError
 
 
 def main() -> int:

@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from trpo.command_line import CommandParser, at_least, run_command
 from trpo.config import EnvConfig
-from trpo.errors import CommandParser, at_least, run_command
 from trpo.evaluation import Evaluation, evaluate
 from trpo.saved_policy import SavedPolicy, load_policy
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = CommandParser(description="Evaluate a policy: mean, std and median return over whole episodes.")
-    parser.add_argument("policy", type=Path, metavar="RUN_OR_POLICY", help="a run's directory, or a saved policy")
+    parser.add_policy()
     parser.add_argument("--episodes", type=at_least(1), default=20, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="of the first episode, then N+1 (default: %(default)s)"
@@ -50,9 +50,6 @@ def _parse() -> argparse.Namespace:
     show.add_argument("--render", action="store_true", help="show the episodes in a window, one after the other")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--env", metavar="ID", help="another environment than the policy's own, as Gymnasium makes it")
-    parser.add_argument(
-        "--trust-code", action="store_true", help="let the policy's settings name modules to import and thereby run"
-    )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or auto (default: %(default)s)")
     return parser.parse_args()
 

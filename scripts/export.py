@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trpo.errors import CommandParser, run_command
+from trpo.command_line import CommandParser, run_command
 from trpo.export import export_onnx
 from trpo.saved_policy import load_policy
 
 
 def main() -> None:
     parser = CommandParser(description="Export a policy, with its normaliser and action bounds inside.")
-    parser.add_argument("policy", type=Path, metavar="RUN", help="a run's directory, or a saved policy")
+    parser.add_policy()
     parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="ONNX model to write")
-    parser.add_argument(
-        "--trust-code", action="store_true", help="let the policy's settings name modules to import and thereby run"
-    )
     args = parser.parse_args()
     saved = load_policy(args.policy, trust_code=args.trust_code)
     export_onnx(saved, args.onnx)

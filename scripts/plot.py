@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trpo.errors import CommandParser, run_command
+from trpo.command_line import CommandParser, run_command
 from trpo.plotting import DEFAULT_METRIC, plot_runs
 
 

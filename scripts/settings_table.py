@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trpo.errors import CommandParser, UserError, run_command
+from trpo.command_line import CommandParser, run_command
+from trpo.errors import UserError
 from trpo.settings_schema import settings_table
 
 INTRODUCTION = """\

@@ -20,6 +20,7 @@ LAYERS = (
         "body",
         "checkpoint",
         "colored_noise",
+        "command_line",
         "config",
         "config_difference",
         "config_file",

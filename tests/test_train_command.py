@@ -13,8 +13,8 @@ from commands import PROJECT, Outcome, one_line, run_process, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trpo.checkpoint import checkpoint_paths
+from trpo.command_line import run_command
 from trpo.config_file import load_config, parse_config
-from trpo.errors import run_command
 from trpo.evaluation import evaluate
 from trpo.random_streams import stream_seed
 from trpo.saved_policy import load_policy

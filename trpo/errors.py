@@ -1,17 +1,14 @@
-"""Errors a user can act on, and the one place that turns them into an exit status."""
+"""Errors a user can act on, and the words they are put in."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import os
-import signal
-import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 
 class UserError(Exception):
@@ -32,13 +29,6 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on; what was saved stays good."""
-
-
-class CommandParser(argparse.ArgumentParser):
-    """Reports a bad argument in one line, as everything else that is wrong with a command."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def did_you_mean(candidates: Iterable[object]) -> str:
@@ -78,36 +68,3 @@ def gist(error: Exception) -> str:
     """The first line that says something: torch's own begins with a heading."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line[:200] for line in lines if line and not line.endswith(":")), type(error).__name__)
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number from `least` up."""
-
-    def integer(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) < 2**32:
-            raise argparse.ArgumentTypeError(f"give a whole number of at least {least}, not {text!r}")
-        return int(text)
-
-    return integer
-
-
-def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command; a ``UserError`` becomes one line on stderr and exit status 2, without a traceback.
-
-    Modules that settings name are also looked for in the working directory, as with `python -m`, but there last.
-    """
-    sys.path.append("")
-    try:
-        status = main() or 0
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough; without this Python complains once more while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.exit(status)

@@ -1,0 +1,60 @@
+"""What all commands share: their arguments, and the one place that turns errors into an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from trpo.errors import UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reports a bad argument in one line, as everything else that is wrong with a command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+    def add_policy(self) -> None:
+        """The policy that a command is about, and whether code that it names may be run."""
+        self.add_argument("policy", type=Path, metavar="RUN_OR_POLICY", help="a run's directory, or a saved policy")
+        self.add_argument(
+            "--trust-code", action="store_true", help="let the policy's settings name modules to import and thereby run"
+        )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `least` up."""
+
+    def integer(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(f"give a whole number of at least {least}, not {text!r}")
+        return int(text)
+
+    return integer
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command; a ``UserError`` becomes one line on stderr and exit status 2, without a traceback.
+
+    Modules that settings name are also looked for in the working directory, as with `python -m`, but there last.
+    """
+    sys.path.append("")
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; without this Python complains once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
