@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trpo import Config
 from trpo.agent import UpdateReport
 from trpo.benchmark.floor import matmul_rate, update_flops
+from trpo.benchmark.markdown import milliseconds, number, table
 from trpo.benchmark.ours import temporary_trainer
 from trpo.benchmark.speed import processor
-from trpo.benchmark.speed_report import milliseconds, number, table
 from trpo.benchmark.work import Numbers, median_seconds, repeat, wait
 from trpo.timers import PhaseTimers
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trpo import Trainer, load_config
+from trpo.benchmark.markdown import number, table
 from trpo.natural_gradient import effective_dimension
 
 HERE = Path(__file__).parent
@@ -55,6 +56,16 @@ def measure(task: str, updates: int) -> dict[str, Any]:
         return result
 
 
+def report(results: dict[str, Any], updates: int) -> str:
+    rows = [
+        (task, *map(number, (r["action_dimensions"], r["parameters"], *r["dimension"].values())))
+        for task, r in results.items()
+    ]
+    header = ("Task", "Actions", "Parameters", *(f"λ = {damping:g}" for damping in DAMPINGS))
+    made = f"Made by `python benchmarks/effective_dimension.py --updates {updates}`."
+    return f"{made}\n\n{table('d(λ)', header, rows)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", action="append", help="repeatable; default: six of MuJoCo's")
@@ -63,17 +74,9 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {task: measure(task, args.updates) for task in args.task or TASKS}
     (HERE / "effective_dimension.json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = [
-        f"Made by `python benchmarks/effective_dimension.py --updates {args.updates}`.",
-        "",
-        "| Task | Actions | Parameters | " + " | ".join(f"d(λ = {d:g})" for d in DAMPINGS) + " |",
-        "|---" * (len(DAMPINGS) + 3) + "|",
-    ]
-    for task, r in results.items():
-        cells = [f"{r['dimension'][str(d)]:,.0f}" for d in DAMPINGS]
-        lines.append(f"| {task} | {r['action_dimensions']} | {r['parameters']:,} | {' | '.join(cells)} |")
-    (HERE / "effective_dimension.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    text = report(results, args.updates)
+    (HERE / "effective_dimension.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

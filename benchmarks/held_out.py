@@ -27,9 +27,10 @@ from torch import Tensor
 
 from trpo import Trainer, load_config
 from trpo.batch import Batch
+from trpo.benchmark.markdown import number, table
+from trpo.benchmark.ours import trained
 from trpo.natural_gradient import conjugate_gradient, fisher_product
 from trpo.policy import Policy
-from trpo.run_directory import find_run
 
 HERE = Path(__file__).parent
 TASKS = ("half_cheetah", "hopper", "walker2d", "ant", "humanoid")
@@ -40,16 +41,6 @@ JUDGE_LAMBDA = 0.98
 TRAINED_ON, JUDGED_BY = 8, 56  # rollouts
 KL = 0.01
 DEFAULT_ITERATIONS, DEFAULT_DAMPING, DEFAULT_LAMBDA = 15, 1.0, 0.95  # of what is not varied
-
-
-def trained(task: str, steps: int, overrides: Sequence[str]) -> Trainer:
-    """A trainer at the end of a run of `steps`."""
-    settings = [f"total_steps={steps}", "evaluation.every_steps=0", "policy.bins=null", *overrides]
-    config = load_config(HERE.parent / "configs" / f"{task}.yaml", settings)
-    root = HERE.parent / "runs" / "held_out"
-    if find_run(root, config) is None:
-        Trainer(config, root=root).train()
-    return Trainer(config, root=root, resume=find_run(root, config), console=False)
 
 
 def batches(trainer: Trainer) -> dict[float, list[Batch]]:
@@ -117,42 +108,24 @@ def measure(trainer: Trainer) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any], command: str) -> str:
-    lines = [f"Made by `{command}`.", "", __doc__.split("\n\n", 2)[2].split(" Writes")[0].strip(), ""]
-    lines += ["## Damping λ of (F + λI)x = g and iterations of CG: gain on other samples (on its own batch)", ""]
-    lines += _table(
-        ["", "iterations", *map(str, DAMPINGS)],
-        [
-            [task, str(k), *(_cell(result["damping"][str(k)][str(d)]) for d in DAMPINGS)]
-            for task, result in results.items()
-            for k in ITERATIONS
-        ],
-    )
+    by_damping = [
+        (
+            task,
+            str(k),
+            *(f"{number(r['held_out'], 4)} ({number(r['batch'], 2)})" for r in result["damping"][str(k)].values()),
+        )
+        for task, result in results.items()
+        for k in ITERATIONS
+    ]
+    by_lambda = [
+        (task, *(number(r["held_out"], 4) for r in result["lambda"].values()), number(result["standard_error"], 4))
+        for task, result in results.items()
+    ]
+    what = __doc__.split("\n\n", 2)[2].split(" Writes")[0].strip()
+    title = "Damping λ of (F + λI)x = g and iterations of CG: gain on other samples (on its own batch)"
+    sections = [f"Made by `{command}`.\n\n{what}\n", table(title, ("", "iterations", *map(str, DAMPINGS)), by_damping)]
     title = f"λ of GAE (damping {DEFAULT_DAMPING:g}, {DEFAULT_ITERATIONS} iterations): gain on other samples"
-    lines += ["", f"## {title}", ""]
-    lines += _table(
-        ["", *map(str, LAMBDAS), "standard error"],
-        [
-            [
-                task,
-                *(_number(r["lambda"][str(lambda_)]["held_out"]) for lambda_ in LAMBDAS),
-                _number(r["standard_error"]),
-            ]
-            for task, r in results.items()
-        ],
-    )
-    return "\n".join(lines) + "\n"
-
-
-def _cell(gains: dict[str, float]) -> str:
-    return f"{_number(gains['held_out'])} ({gains['batch']:.2f})"
-
-
-def _number(gain: float) -> str:
-    return f"{gain:.4f}"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join([*sections, table(title, ("", *map(str, LAMBDAS), "standard error"), by_lambda)])
 
 
 def main() -> None:
@@ -166,7 +139,9 @@ def main() -> None:
     file = args.out.with_suffix(".json")
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for task in tasks:
-        trainer = trained(task, args.steps, args.set)
+        settings = [f"total_steps={args.steps}", "evaluation.every_steps=0", "policy.bins=null", *args.set]
+        config = load_config(HERE.parent / "configs" / f"{task}.yaml", settings)
+        trainer = trained(config, HERE.parent / "runs" / "held_out")
         try:
             results[task] = measure(trainer)
         finally:

@@ -10,31 +10,25 @@ benchmarks/preconditioner.json and .md.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trpo import Trainer, load_config
+from trpo.benchmark.markdown import number, table
+from trpo.benchmark.ours import trained
+from trpo.benchmark.work import median_seconds
 from trpo.natural_gradient import KroneckerPreconditioner, conjugate_gradient, fisher_product
-from trpo.run_directory import find_run
+from trpo.policy import Policy
 
 HERE = Path(__file__).parent
 ITERATIONS = (1, 3, 5, 10, 15, 25, 50)
 DAMPINGS = (0.1, 0.01)
-
-
-def trained(task: str, steps: int) -> Trainer:
-    """A trainer at the end of a run of `steps`."""
-    settings = [f"total_steps={steps}", "evaluation.every_steps=0", "policy.bins=null"]
-    config = load_config(HERE.parent / "configs" / f"{task}.yaml", settings)
-    root = HERE.parent / "runs" / "preconditioner"
-    if find_run(root, config) is None:
-        Trainer(config, root=root).train()
-    return Trainer(config, root=root, resume=find_run(root, config), console=False)
 
 
 def measure(trainer: Trainer) -> dict[str, Any]:
@@ -52,8 +46,7 @@ def measure(trainer: Trainer) -> dict[str, Any]:
     fisher = fisher_product(linearization, dist, count=count)
 
     # The judge is float64: F of the same θ and batch.
-    wide_policy = trainer_in_float64(trainer)
-    wide = wide_policy.linearize(batch.obs.double())
+    wide = in_float64(policy).linearize(batch.obs.double())
     wide_fisher = fisher_product(wide, dist, count=count)
     wide_gradient = wide.vjp(dist.score(wide.output, batch.action.double()) * batch.advantage.double()[:, None]) / count
 
@@ -93,52 +86,36 @@ def measure(trainer: Trainer) -> dict[str, Any]:
     return result
 
 
-def trainer_in_float64(trainer: Trainer) -> Any:
-    """The trained policy in double precision."""
-    import copy
-
-    from trpo.policy import Policy
-
-    old = trainer.agent.policy
-    return Policy(copy.deepcopy(old.network).double(), old.distribution, copy.deepcopy(old.normalizer))
+def in_float64(policy: Policy) -> Policy:
+    """The same policy in double precision."""
+    return Policy(copy.deepcopy(policy.network).double(), policy.distribution, copy.deepcopy(policy.normalizer))
 
 
-def timed(function: Any, repeats: int = 50) -> float:
+def timed(function: Callable[[], object]) -> float:
     """Median milliseconds of a call."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * sorted(seconds)[repeats // 2]
+    return 1e3 * median_seconds(function, before=lambda: None, repeats=50)
 
 
-def table(results: dict[str, Any]) -> str:
-    lines = [
-        "Improvement per root of KL relative to the exact solution, plain / Kronecker-preconditioned CG.",
-        "",
-        "| Iterations | " + " | ".join(map(str, ITERATIONS)) + " | gradient / P⁻¹g alone |",
-        "|" + "---|" * (len(ITERATIONS) + 2),
-    ]
-    for task, result in results.items():
-        for damping, r in result["damping"].items():
-            rows = r["relative_improvement"]
-            cells = [f"{rows['plain'][k]:.2f} / {rows['kronecker'][k]:.2f}" for k in rows["plain"]]
-            alone = f"{r['gradient_alone']:.2f} / {r['preconditioner_alone']:.2f}"
-            lines.append(f"| {task}, damping {damping} | " + " | ".join(cells) + f" | {alone} |")
-    lines += [
-        "",
-        "| | Fisher product, ms | build preconditioner, ms | apply it, ms | build, in products |",
-        "|---|---|---|---|---|",
-    ]
-    for task, result in results.items():
-        ms = result["milliseconds"]
-        products = ms["build_preconditioner"] / ms["fisher_product"]
-        lines.append(
-            f"| {task} | {ms['fisher_product']:.2f} | {ms['build_preconditioner']:.2f} | "
-            f"{ms['apply_preconditioner']:.2f} | {products:.1f} |"
+def report(results: dict[str, Any]) -> str:
+    relative = [
+        (
+            f"{task}, damping {damping}",
+            *(f"{rows['plain'][k]:.2f} / {rows['kronecker'][k]:.2f}" for k in rows["plain"]),
+            f"{r['gradient_alone']:.2f} / {r['preconditioner_alone']:.2f}",
         )
-    return "\n".join(lines) + "\n"
+        for task, result in results.items()
+        for damping, r in result["damping"].items()
+        for rows in [r["relative_improvement"]]
+    ]
+    costs = [
+        (task, *(number(x, 2) for x in ms.values()), number(ms["build_preconditioner"] / ms["fisher_product"], 1))
+        for task, result in results.items()
+        for ms in [result["milliseconds"]]
+    ]
+    title = "Improvement per root of KL relative to the exact solution, plain / Kronecker-preconditioned CG"
+    header = ("Iterations", *map(str, ITERATIONS), "gradient / P⁻¹g alone")
+    costs_header = ("", "Fisher product, ms", "build preconditioner, ms", "apply it, ms", "build, in products")
+    return f"{table(title, header, relative)}\n{table('What it costs', costs_header, costs)}"
 
 
 def main() -> None:
@@ -148,12 +125,14 @@ def main() -> None:
     args = parser.parse_args()
     results = {}
     for task in args.task or ["half_cheetah", "walker2d"]:
-        trainer = trained(task, args.steps)
+        settings = [f"total_steps={args.steps}", "evaluation.every_steps=0", "policy.bins=null"]
+        config = load_config(HERE.parent / "configs" / f"{task}.yaml", settings)
+        trainer = trained(config, HERE.parent / "runs" / "preconditioner")
         results[task] = measure(trainer)
         trainer.close()
     assert all(math.isfinite(x) for r in results.values() for x in r["milliseconds"].values())
     (HERE / "preconditioner.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
+    text = report(results)
     (HERE / "preconditioner.md").write_text(
         f"Made by `python benchmarks/preconditioner.py --steps {args.steps}`.\n\n{text}"
     )

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from trpo.benchmark.work import (
 from trpo.config import Config, NaturalGradientConfig
 from trpo.envs.contract import BatchEnv
 from trpo.natural_gradient import trust_region_step
+from trpo.run_directory import find_run
 from trpo.timers import PhaseTimers
 from trpo.trainer import Trainer
 
@@ -207,6 +209,13 @@ def temporary_trainer(config: Config) -> Iterator[Trainer]:
         trainer.threads(),
     ):
         yield trainer
+
+
+def trained(config: Config, root: Path) -> Trainer:
+    """A trainer at the end of its run, the one of that config under `root` or a new one."""
+    if find_run(root, config) is None:
+        Trainer(config, root=root).train()
+    return Trainer(config, root=root, resume=find_run(root, config), console=False)
 
 
 def _random_rate(env: BatchEnv, steps: int) -> float:

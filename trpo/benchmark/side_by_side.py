@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from trpo.benchmark.learning import load_results
+from trpo.benchmark.markdown import number
 from trpo.benchmark.speed import OURS
-from trpo.benchmark.speed_report import Rows, best, median, median_ratio, number
+from trpo.benchmark.speed_report import Rows, best, median, median_ratio
 from trpo.errors import UserError
 
 OUR_ROW = f"{OURS}, mujoco × 16, 2 workers, 2 threads"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from trpo.benchmark.markdown import milliseconds, number, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,9 +100,9 @@ def targets(tables: dict[str, Rows]) -> list[Target]:
         Target("policy part, ours with 50 plain iterations / with 5 preconditioned",
                median_ratio(ours, ours, "plain 50_s", "preconditioned 5_s"), 4, True),
     ]  # fmt: skip
-    for table, rows in tables.items():
-        if table.startswith("train "):
-            found += _training_targets(table.removeprefix("train "), rows)
+    for name, rows in tables.items():
+        if name.startswith("train "):
+            found += _training_targets(name.removeprefix("train "), rows)
     for peer in (row for row in memory if row != OURS):
         ratio = median_ratio(memory.get(OURS), memory[peer], "peak_mib")
         found.append(Target(f"peak memory, ours / {peer}", ratio, 1, False))
@@ -227,20 +229,6 @@ def _scaling_table(rows: Rows) -> str:
     return table("One update of ours as it grows", header, cells)
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"## {title}", "", *("| " + " | ".join(row) + " |" for row in (header, *rows))]
-    lines.insert(3, "|" + "---|" * len(header))
-    return "\n".join(lines) + "\n"
-
-
-def number(value: float, digits: int = 0) -> str:
-    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
-
-
-def milliseconds(value: float) -> str:
-    return number(1000 * value, 1)
-
-
 def draw(tables: dict[str, Rows], output: Path) -> None:
     """One panel per kind of measurement that there is."""
     from matplotlib.figure import Figure
@@ -248,9 +236,9 @@ def draw(tables: dict[str, Rows], output: Path) -> None:
     panels: list[Callable[[Axes], None]] = []
     if update := tables.get("update"):
         panels.append(lambda axes: _draw_update(axes, update))
-    for table, rows in tables.items():
-        if table.startswith("train "):
-            panels.append(lambda axes, table=table, rows=rows: _draw_training(axes, table[6:], rows))  # type: ignore[misc]
+    for name, rows in tables.items():
+        if name.startswith("train "):
+            panels.append(lambda axes, name=name, rows=rows: _draw_training(axes, name[6:], rows))  # type: ignore[misc]
     if scaling := tables.get("scaling"):
         panels.append(lambda axes: _draw_scaling(axes, scaling))
     if not panels:
