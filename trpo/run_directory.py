@@ -61,6 +61,11 @@ class RunDirectory:
         return self.path / "final"
 
     @property
+    def policies(self) -> list[Path]:
+        """Those that it has saved, that of the last update first."""
+        return [path for path in (self.final, self.best) if path.is_dir()]
+
+    @property
     def videos(self) -> Path:
         return self.path / "videos"
 
@@ -199,12 +204,12 @@ def find_run(root: Path, config: Config) -> Path | None:
         raise RunDirectoryError(f"cannot look for runs in {parent}: {error.strerror}") from error
     matches = [match for name in names if (match := pattern.fullmatch(name))]
     for match in sorted(matches, key=lambda match: (match[1], int(match[2] or 1)), reverse=True):
-        path = parent / match[0]
-        if not checkpoint_paths(path / "checkpoints"):
+        run = RunDirectory(parent / match[0])
+        if not checkpoint_paths(run.checkpoints):
             continue
         # Two environment ids can share a file name, so the id is compared where it is written in full.
-        if load_config(RunDirectory.open(path).config_file).env.id == config.env.id:
-            return path
+        if load_config(RunDirectory.open(run.path).config_file).env.id == config.env.id:
+            return run.path
     return None
 
 

@@ -28,6 +28,7 @@ from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, gist, nearest_path
 from trpo.policy import Policy, build_policy
+from trpo.run_directory import RunDirectory
 
 KIND = "trpo policy"
 
@@ -274,17 +275,14 @@ def _policy_directory(path: Path) -> Path:
         raise CheckpointError(f"{path} is a file; give a run directory or a saved policy, which is a directory too")
     if (path / MANIFEST_FILE).exists():
         return path
-    for candidate in (path / "final", path / "best"):
-        if candidate.is_dir():
-            return candidate
-    if (path / "config.yaml").exists():
-        how = (
-            f"let it go on with train.py --resume {path}"
-            if checkpoint_paths(path / "checkpoints")
-            else "start a new one"
-        )
+    run = RunDirectory(path)
+    if run.policies:
+        return run.policies[0]
+    if run.config_file.exists():
+        begun = checkpoint_paths(run.checkpoints)
+        how = f"let it go on with train.py --resume {path}" if begun else "start a new one"
         raise CheckpointError(f"the run {path} has saved no policy yet; {how}")
-    policies = [found for run in _directories(path) for found in (run / "final", run / "best") if found.is_dir()]
+    policies = [found for below in _directories(path) for found in RunDirectory(below).policies]
     newest = sorted(policies, key=lambda found: found.stat().st_mtime)[-1:]
     meant = did_you_mean(found.parent for found in newest)
     raise CheckpointError(f"{path} holds no policy; give a run directory or a saved policy{meant}")

@@ -31,8 +31,9 @@ from trpo.config_file import dump_config, load_config
 from trpo.errors import UserError
 from trpo.evaluation import evaluate
 from trpo.metric_files import read_table
+from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
 from trpo.plotting import Curve, draw
-from trpo.run_directory import find_run
+from trpo.run_directory import RunDirectory, find_run
 from trpo.saved_policy import load_policy
 from trpo.seed_statistics import bootstrap_interval, interquartile_mean
 
@@ -183,8 +184,8 @@ def train_one(config_file: str, scores: str, episodes: str) -> None:
 
     started = time.perf_counter()
     config, root = load_config(config_file), Path(config_file).parent
-    run = Trainer(config, root=root, resume=find_run(root, config)).train()
-    result = _score(config, run.directory, int(episodes), wall_s=time.perf_counter() - started)
+    path = Trainer(config, root=root, resume=find_run(root, config)).train().directory
+    result = _score(config, RunDirectory(path), int(episodes), wall_s=time.perf_counter() - started)
     Path(scores).write_text(json.dumps(result))
 
 
@@ -197,8 +198,8 @@ def train_peer(settings_file: str, scores: str, episodes: str) -> None:
 PHASES = ("rollout", "advantages", "policy_update", "value_fit", "statistics")  # of training, evaluations left out
 
 
-def _score(config: Config, run_path: Path, episodes: int, *, wall_s: float) -> dict[str, Any]:
-    saved = load_policy(run_path / "final", trust_code=True)
+def _score(config: Config, run: RunDirectory, episodes: int, *, wall_s: float) -> dict[str, Any]:
+    saved = load_policy(run.final, trust_code=True)
     scores, stochastic = (
         evaluate(
             saved.policy,
@@ -211,9 +212,9 @@ def _score(config: Config, run_path: Path, episodes: int, *, wall_s: float) -> d
         )
         for deterministic in (True, False)
     )
-    meta = json.loads((run_path / "meta.json").read_text())
+    meta = json.loads(run.meta_file.read_text())
     del meta["command"]  # of this benchmark's own process, with this machine's paths: nobody could call it
-    progress, evaluations = (_columns(run_path / name) for name in ("progress.csv", "evaluations.csv"))
+    progress, evaluations = (_columns(run.path / name) for name in (PROGRESS_FILE, EVALUATIONS_FILE))
     return {
         "env_steps": saved.info["env_steps"],
         "wall_s": wall_s,
