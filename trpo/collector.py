@@ -164,10 +164,8 @@ class Collector:
         self.goes_on = self.env.exact_resume and state["env"] is not None
         self._running_return = state["running_return"] * self.goes_on
         self._running_length = state["running_length"] * self.goes_on
-        none = torch.zeros_like(self._left_out)  # checkpoints of earlier versions do not say
-        self._left_out = state.get("left_out", none) if self.goes_on else torch.full_like(none, self.staggered)
-        if state["generator"].shape == self.generator.get_state().shape:  # else of an earlier version's, on a GPU
-            self.generator.set_state(state["generator"])
+        self._left_out = state["left_out"] if self.goes_on else torch.full_like(self._left_out, self.staggered)
+        self.generator.set_state(state["generator"])
 
 
 def _buffers(env: BatchEnv, policy: Policy, length: int, obs: Tensor) -> Rollout:

@@ -233,10 +233,7 @@ def _one_kind_of_error(directory: Path) -> Iterator[None]:
 
 
 def _config(state: dict[str, Any]) -> Config:
-    settings = state["config"]
-    # Without a word on bins it was saved before there were any.
-    settings = settings | {"policy": {"bins": None} | settings["policy"]}
-    return Config.model_validate_json(json.dumps(settings))
+    return Config.model_validate_json(json.dumps(state["config"]))
 
 
 def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
