@@ -195,27 +195,27 @@ def test_a_reset_row_is_marked_and_no_transition() -> None:
     assert rollout.obs[3].flatten().tolist() == [0, 0, 3] and rollout.obs[4].flatten().tolist() == [0, 1, 0]
 
 
-def test_replay_error_sees_a_normaliser_or_policy_that_moved() -> None:
+def test_changed_actions_show_a_normaliser_or_policy_that_moved() -> None:
     policy = make_policy()
     source = collector(CounterEnvs(3), policy=policy)
     rollout, _ = source.collect()
-    assert source.replay_error(rollout) == 0
+    assert source.changed_actions(rollout) == 0
     theta = policy.theta.vector.clone()
     policy.theta.assign_(theta + 0.1)
-    assert source.replay_error(rollout) > 0.9
+    assert source.changed_actions(rollout) > 0.9
     policy.theta.assign_(theta)
-    assert source.replay_error(rollout) == 0
+    assert source.changed_actions(rollout) == 0
     policy.normalizer.update(rollout.obs.flatten(0, 1))
-    assert source.replay_error(rollout) > 0.9
+    assert source.changed_actions(rollout) > 0.9
 
 
-def test_replay_error_counts_discrete_actions_that_changed() -> None:
+def test_changed_actions_are_counted_where_actions_are_discrete() -> None:
     policy = make_policy("categorical")
     source = collector(CounterEnvs(3), policy=policy)
     rollout, _ = source.collect()
-    assert source.replay_error(rollout) == 0
+    assert source.changed_actions(rollout) == 0
     rollout.action[0, 0] = (rollout.action[0, 0] + 1) % 4
-    assert source.replay_error(rollout) == pytest.approx(1 / 24, rel=1e-12)
+    assert source.changed_actions(rollout) == pytest.approx(1 / 24, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "ordinal", "categorical", "bernoulli"])

@@ -68,7 +68,7 @@ INDEX: dict[int, tuple[str, tuple[str, ...]]] = {
         "normaliser moved between rollout and update",
         (
             "test_defects.py::test_the_ratio_is_one_in_every_update_of_a_run",
-            "test_collector.py::test_replay_error_sees_a_normaliser_or_policy_that_moved",
+            "test_collector.py::test_changed_actions_show_a_normaliser_or_policy_that_moved",
         ),
     ),
     10: (
@@ -239,7 +239,7 @@ def test_a_refused_update_is_logged_as_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_the_ratio_is_one_in_every_update_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the policy does at update time with the stored noise is what it did in the rollout, update by update."""
-    errors: list[float] = []
+    changed: list[float] = []
     collect = Collector.collect
 
     def collect_and_keep(self: Collector) -> object:
@@ -253,13 +253,13 @@ def test_the_ratio_is_one_in_every_update_of_a_run(tmp_path: Path, monkeypatch: 
 
     def observe(policy: Policy, batch: object) -> None:
         collector, rollout = kept[-2:]
-        errors.append(collector.replay_error(rollout))
+        changed.append(collector.changed_actions(rollout))
         obs = policy.normalizer(rollout.obs.flatten(0, 1))
         assert torch.equal(batch.obs, obs)
 
     pendulum = {"env": {"id": "Pendulum-v1", "num_envs": 2, "backend": "gymnasium"}}
     reports, _ = run(tiny_config(**pendulum), tmp_path, monkeypatch, observe)
-    assert len(reports) == 3 and errors == [0.0] * 3
+    assert len(reports) == 3 and changed == [0.0] * 3
 
 
 def test_the_run_would_notice_a_policy_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ class Collector:
         _check_finite(out)
         return out, self._episodes(out)
 
-    def replay_error(self, rollout: Rollout) -> float:
+    def changed_actions(self, rollout: Rollout) -> float:
         """Share of stored actions that differ from what the policy would sample now for the same noise.
 
         0 right after `collect`, unless the policy or its normaliser moved between rollout and update, in which case the

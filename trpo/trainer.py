@@ -359,7 +359,7 @@ class Trainer:
             raise RuntimeError(
                 "the agent's policy is not the one that acts: a policy of your own is built in build_policy"
             )
-        moved = self.collector.replay_error(rollout)
+        moved = self.collector.changed_actions(rollout)
         if moved > 0.01:  # rounding may flip a discrete action now and then
             raise RuntimeError(f"the policy moved between rollout and update: {moved:.1%} of its actions changed")
 
