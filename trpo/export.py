@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +117,16 @@ def _write(saved: SavedPolicy, file: Path) -> None:
     file.write_bytes(model.SerializeToString())
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
     """Mutes a logger below the level of errors."""
-
-    def __init__(self, name: str):
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _difference(saved: SavedPolicy, model: bytes) -> str | None:
