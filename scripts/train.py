@@ -26,7 +26,7 @@ def main() -> int:
     if start_from and resume and args.resume == "auto":
         start_from = None
         if _leads():
-            print(f"goes on in {resume}, which has a policy: --from is for new runs")
+            print(f"resumes {resume}; --from is ignored, since that run has a policy")
     trainer = Trainer(config, root=args.root, resume=resume, start_from=start_from)
     result = trainer.train()
     if trainer.group.leads and result.evaluation is not None:
@@ -106,8 +106,8 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
     if given is not None and (difference := config_difference(saved, given)):
         source, changes = args.config or "--env", "; ".join(difference)
         raise UserError(
-            f"what {source} gives differs from the run's own settings ({changes}); to go on with {run}, name it after "
-            "--resume alone, and change settings with --set; for a new run leave --resume out"
+            f"{source} differs from the settings of {run} ({changes}); go on with --resume {run} alone, and change "
+            "settings with --set; for a new run leave --resume out"
         )
     return saved, run
 

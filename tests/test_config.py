@@ -245,7 +245,7 @@ TEXT_ERRORS = {
     ),
     "std both scheduled and learned": (
         "policy:\n  std:\n    start: 0.3\n    end: 0.1\n    min: 0.2",
-        "6: policy.std.min: belongs to another way to give it: keep one",
+        "6: policy.std.min: belongs to another form of this setting than the keys beside it: keep one form",
     ),
     "misspelt in a choice of three": (
         "policy: {std: {initail: 1}}",

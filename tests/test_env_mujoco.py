@@ -333,7 +333,7 @@ class TestWhereItApplies:
         warnings: list[str] = []
         envs = make_envs(EnvConfig(id="Hopper-v5"), SEEDS, on_warning=warnings.append)
         assert not together(envs)
-        assert len(warnings) == 1 and warnings[0].endswith("set env.backend to gymnasium, which it is now")
+        assert len(warnings) == 1 and warnings[0].endswith("set env.backend to gymnasium, which is used now")
 
     def test_what_mujoco_raises_is_named_with_its_environment(self) -> None:
         envs = make("Hopper-v5", stagger=False)

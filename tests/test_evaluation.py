@@ -337,7 +337,7 @@ def test_what_cannot_be_shown_is_said(monkeypatch, script):
     with pytest.raises(UserError, match=r"no screen.* --video FILE"):
         evaluate(*policy_for("ShownTask-v0"), episodes=1, seed=0, render=True)
     monkeypatch.setenv("DISPLAY", ":0")
-    with pytest.raises(UserError, match="EvaluationTask-v0 has no human among its render modes"):
+    with pytest.raises(UserError, match="EvaluationTask-v0 has no render mode `human`"):
         evaluate(*policy_for("EvaluationTask-v0"), episodes=1, seed=0, render=True)
     outcome = script("somewhere", "--render", "--video", "a.mp4")
     assert outcome.status == 2 and "not allowed with argument" in one_line(outcome.err)

@@ -201,7 +201,7 @@ def test_changed_settings_are_refused_unless_asked_for_and_then_shown(
     changed.write_text(dump_config(config(natural_gradient={"max_kl": 0.02})), encoding="utf-8")
     outcome = run_script("train.py", "--resume", run, "--config", changed, capture=capsys, patch=monkeypatch)
     assert outcome.status == 2
-    assert re.search(r"differs from the run's own settings \(natural_gradient.max_kl: .*→ 0.02", one_line(outcome.err))
+    assert re.search(r"differs from the settings of .* \(natural_gradient.max_kl: .*→ 0.02", one_line(outcome.err))
     assert sorted(path.name for path in run.rglob("*")) == before
     asked = ("--set", "natural_gradient.damping=0.2", "--set", "total_steps=192")
     outcome = run_script("train.py", "--resume", run, *asked, capture=capsys, patch=monkeypatch)

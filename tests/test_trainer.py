@@ -246,7 +246,7 @@ def test_a_finished_run_keeps_the_settings_it_was_trained_with(tmp_path: Path) -
     config = config_for("CartPole-v1", total_steps=128, batch_size=64, evaluation={"final_episodes": 1})
     run = Trainer(config, root=tmp_path, console=False).train().directory
     settings = (run / "config.yaml").read_text()
-    with pytest.raises(UserError, match=r"is finished: raise total_steps to go on with gae.gamma: "):
+    with pytest.raises(UserError, match=r"is finished; raise total_steps too, to train on with gae.gamma: "):
         Trainer(load_config(run / "config.yaml", ["gae.gamma=0.9"]), resume=run, console=False)
     with pytest.raises(UserError, match="seed cannot change within a run"):
         Trainer(load_config(run / "config.yaml", ["seed=3", "total_steps=192"]), resume=run, console=False)

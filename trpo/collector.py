@@ -41,8 +41,8 @@ class Collector:
         noise_exponent: β of the spectrum 1/f^β that the noise has over the T steps.
         shard: which of `total_envs` environments are this process's. The noise of all of them is drawn, so that the
             numbers do not depend on how environments are spread over processes.
-        staggered: the environments cut first episodes (`envs/stagger.py`), whose returns are left out then: of those
-            that ended by themselves, too, since what falls early would be all there is to see.
+        staggered: the environments cut first episodes (`envs/stagger.py`), which are then not reported, not even those
+            that ended by themselves: only early failures would be left to see.
     """
 
     def __init__(

@@ -215,7 +215,7 @@ class ValueConfig(Settings):
     fit_first: bool = Field(
         False,
         description="Fit V to a batch before its advantages are estimated, not after the policy's update: V keeps up "
-        "with the policy, and knows some of the noise that it judges.",
+        "with the policy, but has fitted some of the noise in the returns it is compared with.",
     )
     ema_decay: float = Field(
         0.8,
@@ -271,8 +271,8 @@ class NaturalGradientConfig(Settings):
     )
     max_kl_per_dimension: bool = Field(
         True,
-        description="Times the number of action dimensions, whose KLs the joint KL sums; off: `max_kl` bounds the "
-        "joint KL itself.",
+        description="Bound the joint KL by `max_kl` times the number of action dimensions, whose KLs it sums; off: by "
+        "`max_kl` itself.",
     )
     damping: float = Field(1.0, ge=0, description="λ in (F + λI)x = g.")
     cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")
@@ -308,7 +308,7 @@ class CheckpointConfig(Settings):
     every_steps: int = Field(
         100_000,
         ge=0,
-        description="Environment steps between checkpoints; another after the first update that ends ten minutes after "
+        description="Environment steps between checkpoints; also after any update once ten minutes have passed since "
         "the last one; 0: only at the end.",
     )
     keep: int = Field(3, ge=1, description="Newest checkpoints kept.")
@@ -335,8 +335,9 @@ class Config(Settings):
     threads: int = Field(
         0,
         ge=0,
-        description="CPU threads of the update, one of which first fits V, but not with `value.fit_first`, several "
-        "processes or a GPU; 0: one per core, at most 4, where they change no bit, in compiled code; else 1.",
+        description="CPU threads of an update; one of them fits V while the policy takes its step (not with "
+        "`value.fit_first`, several processes or a GPU). 0: one per core, at most 4, where the networks are compiled "
+        "and threads change no bit; else 1.",
     )
     name: str = Field(
         "trpo",

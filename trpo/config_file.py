@@ -162,7 +162,11 @@ def _first_problem(error: ValidationError, origins: Origins) -> ConfigError:
             text = f"is required: {describe(schema_at(path) or {})}"
         case "extra_forbidden":
             known = schema_at(path) is not None  # to another branch of the choice that its neighbours made
-            text = "belongs to another way to give it: keep one" if known else unknown_setting(path)
+            text = (
+                "belongs to another form of this setting than the keys beside it: keep one form"
+                if known
+                else unknown_setting(path)
+            )
         case _:
             text = _unfit(schema_at(path) or {}, problem["input"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -184,8 +184,8 @@ class Ordinal(_NormalNoise):
     def normal(self, std: float) -> Tensor:
         """η [K] of normal distributions around the middle of the bounds, cut at the bounds.
 
-        Their σ is `std`, in the unit of the actions, or where values lie farther apart than that their distance: the
-        neighbours of the middle one have to be tried for anything to be learned.
+        Their σ is `std`, in the unit of the actions, but at least the spacing of the values: the neighbours of the
+        middle one have to be tried for anything to be learned.
         """
         steps = torch.outer(self._width, torch.arange(self.bins, device=self._width.device) - 0.5 * (self.bins - 1))
         x = steps / self._width.clamp(min=std).unsqueeze(-1)

@@ -48,8 +48,8 @@ class Factors(NamedTuple):
 def frozen(network: nn.Module, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
     """x ↦ network(normalizer(x)) for as long as nothing changes in either.
 
-    A network may offer a `frozen(normalizer)` of its own; it counts where it was written for the network's `forward`,
-    that is, for the same class.
+    A network may offer a `frozen(normalizer)` of its own; it is used only if the same class defines both it and
+    `forward`.
     """
     written = [
         next((kind for kind in type(network).__mro__ if name in vars(kind)), None) for name in ("frozen", "forward")

@@ -37,7 +37,7 @@ class Policy(nn.Module):
     products, others autograd; one that offers `frozen` has rollouts prepared by it.
 
     Attributes:
-        theta: all trainable parameters as one vector; with `requires_grad` off beforehand they are none.
+        theta: all trainable parameters as one vector; those with `requires_grad` off at construction are left out.
     """
 
     def __init__(self, network: nn.Module, distribution: Distribution, normalizer: ObservationNormalizer):

@@ -138,7 +138,7 @@ class SavedPolicy:
 
 
 def _shaping_settings(saved: Config, given: Config, action_space: spaces.Space[Any]) -> Iterator[str]:
-    """The settings that make another function, or none, of the same parameters, for such actions."""
+    """Settings that change what the same parameters compute for such actions, or whether they fit at all."""
     yield from ("policy.body", "normalize.observations")
     if saved.policy.body is None or given.policy.body is None:
         yield from ("policy.hidden_sizes", "policy.activation")

@@ -78,9 +78,10 @@ class Trainer:
         console: show progress.
         env: environments made by hand, as many as this process's share, in place of those `config.env` describes;
             the evaluations are still of `config.env`.
-        on_update: called in every process with this trainer and the report of each update, after its metrics, and after
-            its evaluation and checkpoint but for those at the end of the run. True, from any process, stops the run as
-            a signal would. What it raises ends the run, with a checkpoint if there is one process only.
+        on_update: called in every process after each update, with this trainer and the update's report. Metrics are
+            written by then, and so are evaluation and checkpoint, except the last ones of the run. True, from any
+            process, stops the run as a signal would. What it raises ends the run, with a checkpoint if there is one
+            process only.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class Trainer:
         changed = self._load_state(*found)
         if changed and self._is_finished():
             # Nothing would be trained with them, and the record would say that all was.
-            raise UserError(f"{resume} is finished: raise total_steps to go on with {'; '.join(changed)}")
+            raise UserError(f"{resume} is finished; raise total_steps too, to train on with {'; '.join(changed)}")
         if self.updates > self.config.updates:
             raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
         return changed
@@ -357,7 +358,7 @@ class Trainer:
         """At start-up: what acted is what is updated, so that the ratio is 1 and the KL 0 at θ_old."""
         if self.collector.policy is not self.agent.policy:
             raise RuntimeError(
-                "the agent's policy is not the one that acts: a policy of your own is built in build_policy"
+                "agent.policy was replaced after the collector was made; policy.build_policy is where to build your own"
             )
         moved = self.collector.changed_actions(rollout)
         if moved > 0.01:  # rounding may flip a discrete action now and then

@@ -93,7 +93,7 @@ def check_showable(env_config: EnvConfig) -> None:
     if not _screen():
         raise UserError("there is no screen to show the environment on; record a video instead, with --video FILE")
     if not _has_mode(env_config, "human"):
-        raise UserError(f"{env_config.id} has no human among its render modes; it cannot be shown")
+        raise UserError(f"{env_config.id} has no render mode `human`: it cannot be shown in a window")
 
 
 def try_recording(env_config: EnvConfig) -> None:

@@ -22,7 +22,7 @@ class MujocoShard(EnvShard):
     Args:
         config: `workers` threads step the simulations.
         seeds: See `EnvShard`.
-        on_warning: Told if they could, were Gymnasium not another one than is known here.
+        on_warning: Gets a line if the task is known but the installed Gymnasium computes it differently.
 
     Raises:
         EnvError: As `EnvShard`; with backend `mujoco` also `NotHere`.
@@ -41,7 +41,7 @@ class MujocoShard(EnvShard):
                 self.close()
                 raise
             if isinstance(error, DifferentNumbers):
-                on_warning(f"{error}, which it is now")
+                on_warning(f"{error}, which is used now")
 
     def _act(self) -> None:
         if self._simulations is None:

@@ -88,8 +88,8 @@ class Simulations:
         """Of environments like `env`, on `config.workers` threads; `env` is reset and tried out.
 
         Raises:
-            NotHere: There is no such task here, something is wrapped around it, it draws, or MuJoCo is too old.
-            DifferentNumbers: Gymnasium's task is another one than that which is known here.
+            NotHere: The task is unknown, wrapped or rendering, or MuJoCo is too old.
+            DifferentNumbers: The installed Gymnasium computes the task differently.
         """
         task = _task(env, config.id)
         limit = _time_limit(env, config.id)
