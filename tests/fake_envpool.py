@@ -16,7 +16,10 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-TASKS = ["CartPole-v1", "Pendulum-v1", "Hopper-v4", "Hopper-v5", "Acrobot-v1", "MountainCar-v0", "OnlyHere-v0"]
+TASKS = [
+    "CartPole-v1", "Pendulum-v1", "FrozenLake8x8-v1", "Hopper-v4", "Hopper-v5", "Acrobot-v1", "MountainCar-v0",
+    "OnlyHere-v0",
+]  # fmt: skip
 OTHER_SPACES: dict[str, dict[str, Space[Any]]] = {  # where envpool and Gymnasium mean different tasks by an id
     "Acrobot-v1": {"observation": Box(-1, 1, (7,), np.float32)},
     "MountainCar-v0": {"action": Discrete(4)},

@@ -189,6 +189,24 @@ def test_what_follows_a_lost_episode_is_a_first_one_again() -> None:
     assert [source.collect()[1].lengths for _ in range(3)] == [[], [], [3]]
 
 
+def test_an_episode_within_which_somebody_interrupted_is_left_out() -> None:
+    class Interrupted(CounterEnvs):
+        """Once, at its second step."""
+
+        def step(self, action: Tensor) -> Step:
+            if len(self.actions) == 1 and not interrupts:
+                interrupts.append(1)
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    interrupts: list[int] = []
+    source = collector(Interrupted(1), length=4)
+    with pytest.raises(KeyboardInterrupt):
+        source.collect()
+    # Episodes end at steps 3 and 8; one step of the first was in the rollout that is lost.
+    assert [source.collect()[1].lengths for _ in range(2)] == [[], [5]]
+
+
 def test_a_reset_row_is_marked_and_no_transition() -> None:
     rollout, _ = collector(CounterEnvs(1, reset_rows=True)).collect()
     assert rollout.valid.flatten().tolist() == [True, True, True, False, True, True, True, True]

@@ -301,6 +301,33 @@ def saturated() -> tuple[Policy, Batch]:
     return policy, Batch(randn(10, OBS_DIM), torch.zeros(10, 1, dtype=torch.int64), torch.ones(10, dtype=F64))
 
 
+def test_a_system_that_is_solved_to_rounding_is_solved() -> None:
+    """Undamped and in float32, CG goes on until rounding makes pᵀAp ≤ 0; what it has by then is F⁻¹g."""
+
+    def make(dtype: torch.dtype) -> Policy:
+        return make_policy("categorical", hidden=(), dtype=dtype)
+
+    exact, policy = make(F64), make(torch.float32)
+    exact.theta.assign_(policy.theta.vector.double())
+    batch = make_batch(policy, 64)
+    wide = Batch(batch.obs.double(), batch.action, batch.advantage.double())
+    gradient, fisher = dense_gradient(exact, wide), dense_fisher(exact, wide.obs)
+    # Softmax leaves four directions of sixteen without a metric; the others' eigenvalues are above 1e-3.
+    x = torch.linalg.pinv(fisher, rcond=1e-6) @ gradient
+    expected = float(gradient @ x * (2 * MAX_KL / (x @ fisher @ x)).sqrt())
+    options = settings(damping=0.0, cg_iterations=100, cg_tolerance=0.0)
+    report = trust_region_step(policy, batch, max_kl=MAX_KL, settings=options)
+    assert report.cg.status is CGStatus.NONPOSITIVE_CURVATURE and report.cg.iterations >= 12
+    assert report.accepted and report.expected_gain / report.scale == pytest.approx(expected, rel=1e-4)  # of float32
+
+
+def test_a_gradient_whose_square_is_below_all_numbers_is_none() -> None:
+    policy = make_policy("categorical", dtype=torch.float32)
+    batch = make_batch(policy)
+    report = refused(policy, replace(batch, advantage=1e-21 * batch.advantage))
+    assert report.outcome is Outcome.ZERO_GRADIENT and not report.numerics_failed
+
+
 def test_a_metric_of_zero_ends_with_non_positive_curvature() -> None:
     report = refused(*saturated(), damping=0.0)
     assert report.outcome is Outcome.NONPOSITIVE_CURVATURE and report.cg.iterations == 0

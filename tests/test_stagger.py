@@ -94,3 +94,18 @@ def test_a_restored_first_episode_is_still_cut(backend: str, monkeypatch: pytest
     restored.load_state_dict(envs.state_dict())
     assert [lengths[0] for lengths in episode_lengths(restored, 450)] == [cut - before for cut in CUTS]
     envs.close(), restored.close()
+
+
+@pytest.mark.parametrize("backend", ["gymnasium", "envpool"])
+def test_cut_episodes_begin_with_observations_as_flat_as_all(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cut at once, of a task whose states are numbers: the first one is row e₀ of the identity."""
+    monkeypatch.setitem(sys.modules, "envpool", fake_envpool)
+    envs = make_envs(EnvConfig(id="FrozenLake8x8-v1", backend=backend, workers=1), [3, 3, 1])
+    envs.reset()
+    left = torch.zeros(3, 1, dtype=torch.int64)  # along the first column, where the ice is whole
+    for _ in range(first_episode_length(200, 3)):
+        step = envs.step(left)
+    assert step.truncated.tolist() == [True, True, False] and not step.terminated.any()
+    first = torch.eye(64)[0].expand(2, 64)
+    assert torch.equal(step.reset_obs[:2].float(), first) and torch.equal(step.next_obs.sum(-1).float(), torch.ones(3))
+    envs.close()

@@ -98,7 +98,10 @@ class Collector:
                 if step.success is not None:
                     success.copy_(step.success)
                 obs = step.reset_obs
-        finally:  # also where the environments are when somebody interrupts, and perhaps goes on
+        except BaseException:  # who goes on all the same has episodes of which a part was counted nowhere
+            self._left_out.fill_(True)
+            raise
+        finally:
             self.obs.copy_(obs)
         _check_finite(out)
         return out, self._episodes(out)

@@ -110,7 +110,7 @@ class RewardScaler(nn.Module):
 
     The return of each environment is G_t = γ G_{t−1} + r_t, started anew with each episode. Scaling changes neither the
     policy's probabilities nor, since advantages are standardised, its gradient; it gives the value network targets of
-    order one.
+    order one. Clipping does change the gradient: that of rare rewards far above the std, a lone one at a goal, say.
     """
 
     returns: Tensor  # [N] G of the running episodes

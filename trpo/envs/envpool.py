@@ -18,6 +18,7 @@ from trpo.cores import worker_count
 from trpo.envs.contract import Step
 from trpo.envs.shard import restart_seed
 from trpo.envs.single import make_single_env
+from trpo.envs.spaces import flatten_batch
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError
@@ -71,7 +72,7 @@ class EnvpoolEnvs(VectorEnvAdapter):
             self._buffers.truncated[cut] = True
             pool: Any = self._env  # its `reset` takes the environments to reset
             first_obs, _ = pool.reset(np.flatnonzero(cut))
-            self._buffers.reset_obs[cut] = first_obs
+            self._buffers.reset_obs[cut] = flatten_batch(self._raw_space, first_obs, int(cut.sum()))
         self._cut_after[cut | self._ended] = NEVER
 
     def state_dict(self) -> dict[str, Any]:

@@ -136,8 +136,8 @@ static inline Exponential exponential(float y)
     const float r = y - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first one exact times n */
     const float rest = r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 +
                        r * (1.0f / 5040)))))));
-    union { float f; int i; } power = {shifted};
-    power.i = (power.i - 0x4b400000 + 127) << 23; /* big's own bits taken off, n is left: 2^n */
+    union { float f; unsigned i; } power = {shifted};
+    power.i = (power.i - 0x4b400000u + 127u) << 23; /* big's own bits taken off, n is left: 2^n */
     return (Exponential){power.f, rest};
 }
 

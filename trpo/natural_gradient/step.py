@@ -137,7 +137,7 @@ def trust_region_step(
     gradient_norm = float(gradient.norm())
     if not math.isfinite(gradient_norm):
         return StepReport(Outcome.NONFINITE_GRADIENT, max_kl, gradient_norm)
-    if gradient_norm == 0:
+    if gradient_norm**2 < torch.finfo(gradient.dtype).tiny:  # CG could not hold its square
         return StepReport(Outcome.ZERO_GRADIENT, max_kl, gradient_norm)
 
     fisher, preconditioner = _curvature(policy, linearization, batch.obs, scores, count, settings, all_sum, generator)
@@ -150,7 +150,8 @@ def trust_region_step(
     )
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
-    if cg.status is CGStatus.NONPOSITIVE_CURVATURE:
+    # Later on it is rounding, of a system solved as well as its digits allow: x is good.
+    if cg.status is CGStatus.NONPOSITIVE_CURVATURE and cg.iterations == 0:
         return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
     # xᵀFx without another product: Fx = g − residual − λx. Unless λ was all there was, and the difference is rounding.
     fx = gradient - cg.residual - settings.damping * cg.x
