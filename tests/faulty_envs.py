@@ -75,6 +75,12 @@ class Faulty(Counting):
                 return obs.tolist(), reward, terminated, truncated, info
             case "reward_shape":
                 return obs, np.ones(1), terminated, truncated, info
+            case "reward_text":
+                return obs, "1.0", terminated, truncated, info
+            case "no_flag":
+                return obs, reward, terminated, None, info
+            case "no_info":
+                return obs, reward, True, truncated, None
             case "raise":
                 raise ZeroDivisionError("pole at zero")
             case "unpicklable":
@@ -100,6 +106,18 @@ class FirstDiffers(Counting):
         if fails:
             raise RuntimeError("no licence found")
         self.action_space = Discrete(3)
+
+
+class Spaceless(gymnasium.Env[Any, Any]):
+    """Lacks a space, or what it takes to be built."""
+
+    def __init__(self, missing: str) -> None:
+        if missing == "licence":
+            sys.exit("no licence")
+        if missing != "observation_space":
+            self.observation_space = Counting.observation_space
+        if missing != "action_space":
+            self.action_space = Counting.action_space
 
 
 class Echo(gymnasium.Env[Any, Any]):
@@ -240,5 +258,16 @@ class AddTen(gymnasium.ObservationWrapper[Any, Any, Any]):
         return observation + 10.0 * self.times
 
 
-for _class in (Counting, Faulty, FirstDiffers, Echo, Observing, OwnRandomness, Amnesiac, RaisesAfter, OldGenerator):
+for _class in (
+    Counting,
+    Faulty,
+    FirstDiffers,
+    Echo,
+    Observing,
+    OwnRandomness,
+    Amnesiac,
+    RaisesAfter,
+    OldGenerator,
+    Spaceless,
+):
     gymnasium.register(f"{_class.__name__}-v0", entry_point=_class)

@@ -209,7 +209,7 @@ class TestFailures:
     def test_an_environment_that_calls_exit_is_reported(self, make: Maker) -> None:
         envs = make("Faulty", fault="exit", seed=20, at=1)
         envs.reset()
-        with pytest.raises(EnvError, match="SystemExit in a worker: 7"):
+        with pytest.raises(EnvError, match=r"environment 0, step 1 of its episode, raised SystemExit: 7 \("):
             envs.step(ACTION)
 
     def test_a_constructor_that_fails_in_one_worker(self, make: Maker, tmp_path: Path) -> None:

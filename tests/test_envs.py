@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs import make_envs, make_single_env
 from trpo.envs.replay import needs_fresh_environment
+from trpo.envs.returned import ReturnError, success_of
 from trpo.envs.shard import EnvShard
-from trpo.envs.single import success_of
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError
@@ -298,6 +298,15 @@ class TestMaking:
         with pytest.raises(EnvError, match=rf"env.wrappers\[0\].*{message}"):
             make_single_env(config("Pendulum-v1", wrappers=(WrapperConfig(name=name),)))
 
+    @pytest.mark.parametrize("what", ["observation_space", "action_space"])
+    def test_an_environment_without_a_space_is_told_to_have_one(self, what: str) -> None:
+        with pytest.raises(EnvError, match=f"Spaceless-v0 has no {what}: set self.{what}"):
+            make_single_env(tiny("Spaceless", missing=what))
+
+    def test_a_constructor_that_gives_up_is_an_error(self) -> None:
+        with pytest.raises(EnvError, match=r"cannot be built with env.kwargs .*: SystemExit: no licence \("):
+            make_single_env(tiny("Spaceless", missing="licence"))
+
     def test_render_mode_is_passed_on(self) -> None:
         assert make_single_env(config("Pendulum-v1"), render_mode="rgb_array").render_mode == "rgb_array"
 
@@ -315,7 +324,11 @@ class TestFaults:
             ("obs_shape", r"returned float64\[3\] as its observation, its observation_space says float64\[4\]"),
             ("obs_dtype", r"returned float32\[4\] as its observation, its observation_space says float64\[4\]"),
             ("obs_list", "returned a list as its observation"),
-            ("reward_shape", r"returned an array of shape \(1,\) as its reward: return a scalar"),
+            ("reward_shape", r"returned float64\[1\] as its reward: return a scalar"),
+            ("reward_text", r"returned a str as its reward: return a scalar"),
+            ("no_flag", r"returned None as truncated: return True or False"),
+            ("no_info", r"returned None as its info: return a dict"),
+            ("exit", r"raised SystemExit: 7 \(.*faulty_envs\.py:\d+\)$"),
             ("raise", r"raised ZeroDivisionError: pole at zero \(.*faulty_envs\.py:\d+\)$"),
             ("unpicklable", r"raised Unpicklable: held by a lock \(.*faulty_envs\.py:\d+\)$"),
         ],
@@ -605,7 +618,7 @@ class TestVectorEnvAdapter:
 
     @pytest.mark.parametrize("given", ["yes", np.ones(2), {}])
     def test_success_of_another_kind_is_named(self, given: Any) -> None:
-        with pytest.raises(EnvError, match=r"info\['is_success'\] is .*: report True, False or a number"):
+        with pytest.raises(ReturnError, match=r"info with .is_success.: .*: report True, False or a number"):
             success_of({"is_success": given})
 
     @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])

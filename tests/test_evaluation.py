@@ -462,3 +462,21 @@ def test_an_environment_of_gyms_old_interface_is_told_of_the_new_one(fault):
     policy, env, space = policy_for("EvaluationTask-v0", fault=fault)
     with pytest.raises(EnvError, match=r"reset\(\) has to return \(observation, info\), and step\(\)"):
         evaluate(policy, env, space, episodes=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("obs_shape", r"returned float64\[3\] as its observation"),
+        ("obs_list", "returned a list as its observation"),
+        ("reward_shape", r"returned float64\[1\] as its reward"),
+        ("reward_text", "returned a str as its reward"),
+        ("no_flag", "returned None as truncated"),
+        ("no_info", "returned None as its info"),
+        ("exit", r"raised SystemExit: 7 \(.*faulty_envs\.py:\d+\)$"),
+    ],
+)
+def test_what_an_environment_returns_is_checked_as_in_training(fault: str, message: str) -> None:
+    arguments = policy_for("faulty_envs:Faulty-v0", fault=fault, seed=5, at=3)
+    with pytest.raises(EnvError, match=rf"the environment, \d steps into the episode with seed 5, {message}"):
+        evaluate(*arguments, episodes=1, seed=5)

@@ -685,7 +685,7 @@ def test_restarts_end_with_their_allowance_counted_over_resumes(tmp_path: Path, 
     [
         ("nan_reward", 0, "environment 1, step 40 of its episode, gave a reward that is not finite"),
         ("inf_obs", 0, "environment 1, step 40 of its episode, gave an observation that is not finite"),
-        ("reward_shape", 0, "environment 1, step 40 of its episode, returned an array of shape (1,) as its reward"),
+        ("reward_shape", 0, "environment 1, step 40 of its episode, returned float64[1] as its reward"),
         ("unpicklable", 2, "environment 1, step 40 of its episode, raised Unpicklable: held by a lock"),
         ("hang", 2, "worker process of environments 0 to 1 gave no answer within 0.5 s"),
     ],

@@ -47,7 +47,7 @@ def nearest_path(missing: Path, others: Iterable[Path]) -> str:
     return did_you_mean(by_name[near] for near in difflib.get_close_matches(name(missing), by_name, n=1))
 
 
-def raised(error: Exception) -> str:
+def raised(error: BaseException) -> str:
     """What other people's code raised, and where: one line, since whoever wrote it can open the file."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({os.path.relpath(place.filename)}:{place.lineno})"

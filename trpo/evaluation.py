@@ -19,7 +19,8 @@ from torch import Tensor
 from trpo.config import EnvConfig
 from trpo.envs import make_single_env
 from trpo.envs.mujoco_batch import Simulations, simulations_beside
-from trpo.envs.single import success_of, told
+from trpo.envs.returned import ReturnError, flag, flat_observation, scalar_reward, success_of
+from trpo.envs.single import failure
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
 from trpo.policy import Policy
@@ -238,7 +239,7 @@ class _Together:
         except EnvError:
             raise
         except Exception as error:
-            raise EnvError(f"the environment, {self._steps} steps into its episodes, raised {told(error)}") from error
+            raise failure(f"the environment, {self._steps} steps into its episodes,", error) from error
         self._steps += 1
         truncated = self._steps >= self._simulations.time_limit
         return {
@@ -253,6 +254,7 @@ class _Episode:
     def __init__(self, env: gymnasium.Env[Any, Any], seed: int, max_steps: int):
         self.env = env
         self.seed = seed
+        self._space: Any = env.observation_space
         has_time_limit = env.spec is not None and env.spec.max_episode_steps is not None
         self.max_steps = math.inf if has_time_limit else max_steps
         self.total = 0.0
@@ -265,36 +267,39 @@ class _Episode:
         """First observation [D]."""
         with self._raising_one_kind():
             obs, _ = self.env.reset(seed=self.seed)
-        return self._checked("observation", obs)
+            return self._observation(obs)
 
     def step(self, action: Any, outcome: _Outcome | None = None) -> Any:
         """Next observation [D]; `outcome`: of the step, if it has been taken elsewhere."""
         with self._raising_one_kind():
             obs, reward, terminated, truncated, info = outcome or self.env.step(action)
-        self.length += 1
-        self.total += float(self._checked("reward", reward))
-        ended = bool(terminated or truncated)
-        self.cut = not ended and self.length >= self.max_steps
-        self.over = ended or self.cut
-        if self.over:
-            self.success = success_of(info)
-        return self._checked("observation", obs)
+            self.length += 1
+            self.total += self._finite("reward", scalar_reward(reward))
+            # Both, whatever the first one is: each has to be one.
+            ended = any([flag(terminated, "terminated"), flag(truncated, "truncated")])
+            self.cut = not ended and self.length >= self.max_steps
+            self.over = ended or self.cut
+            if self.over:
+                self.success = success_of(info)
+            return self._observation(obs)
 
     @contextlib.contextmanager
     def _raising_one_kind(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever an environment raises
-            raise EnvError(f"{self._where()} raised {told(error)}") from error
+        except (Exception, SystemExit) as error:  # whatever an environment raises
+            raise failure(
+                f"the environment, {self.length} steps into the episode with seed {self.seed},", error
+            ) from error
 
-    def _checked(self, what: str, value: Any) -> Any:
+    def _observation(self, obs: Any) -> Any:
+        return self._finite("observation", flat_observation(obs, self._space))
+
+    def _finite(self, what: str, value: Any) -> Any:
         if not np.isfinite(value).all():
             problem = "the simulation diverged or the environment divides by zero"
-            raise EnvError(f"{self._where()} gave an infinite or undefined {what}: {problem}")
+            raise ReturnError(f"gave an infinite or undefined {what}: {problem}")
         return value
-
-    def _where(self) -> str:
-        return f"the environment, {self.length} steps into the episode with seed {self.seed},"
 
 
 class _Actor:

@@ -28,7 +28,7 @@ class Step:
     terminated: Tensor  # [N] bool, the task ended: no value beyond
     truncated: Tensor  # [N] bool, time limit or cut: the value beyond is V(next_obs)
     valid: Tensor  # [N] bool, False where the row is no transition: a reset, or lost with its worker
-    success: Tensor | None = None  # [N] float, where an episode ended and reported it (`single.success_of`), else NaN
+    success: Tensor | None = None  # [N] float, where an episode ended and reported it (`returned.success_of`), else NaN
 
 
 class BatchEnv(Protocol):

@@ -21,7 +21,8 @@ from gymnasium.spaces import Box, Space
 
 from trpo.config import EnvConfig
 from trpo.envs.replay import EpisodeLog, ReplayError, begin, needs_fresh_environment, random_state, replay
-from trpo.envs.single import make_single_env, success_of, told
+from trpo.envs.returned import flag, flat_observation, scalar_reward, success_of
+from trpo.envs.single import failure, make_single_env, told
 from trpo.envs.spaces import ActionEncoding, Array, row_space
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.errors import EnvError
@@ -34,7 +35,7 @@ class EnvSpaces:
     """The spaces all environments of a batch share."""
 
     observation: Box  # [D], as handed on
-    declared: Space[Any]  # flat, as the environment declares it
+    declared: Space[Any]  # as the environment declares it; of an `EnvShard` a flat Box
     action: Space[Any]
 
 
@@ -115,7 +116,7 @@ class EnvShard:
                 raise EnvError(f"environment {first_index + index}: {error}") from error
         self.spaces = self._common_spaces()
         self._encoding = ActionEncoding.of(self.spaces.action)
-        self._obs_shape, self._obs_dtype = self.spaces.observation.shape, np.dtype(self.spaces.declared.dtype)
+        self._declared: Any = self.spaces.declared
         self._fresh_each_episode = needs_fresh_environment(self._envs[0])
         self._logs = [EpisodeLog(self._encoding) for _ in seeds]
         self._episode_steps = np.zeros(len(seeds), np.int64)
@@ -165,16 +166,15 @@ class EnvShard:
                 row = buffers.action[i]
                 self._logs[i].append(row)
                 obs, reward, terminated, truncated, info = env.step(self._encoding.single(row))
-                self._write_obs(buffers.next_obs, i, obs)
-                buffers.reward[i] = reward if isinstance(reward, float | int) else self._scalar(reward, i)
+                buffers.next_obs[i] = flat_observation(obs, self._declared)
+                buffers.reward[i] = scalar_reward(reward)
+                terminated, truncated = flag(terminated, "terminated"), flag(truncated, "truncated")
                 truncated = truncated or self._episode_steps[i] >= self._cut_after[i]
                 buffers.terminated[i], buffers.truncated[i] = terminated, truncated
                 if terminated or truncated:
                     buffers.success[i] = success_of(info)
-        except EnvError:
-            raise
-        except Exception as error:
-            raise EnvError(f"{self._where(i)} raised {told(error)}") from error
+        except (Exception, SystemExit) as error:  # some end the process where a window is closed, or so they mean
+            raise failure(self._where(i), error) from error
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What `load_state_dict` needs, one entry per environment."""
@@ -195,9 +195,9 @@ class EnvShard:
                 return str(error)
             except EnvError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return f"environment {self._first + i} raised {told(error)} while its episode was replayed"
-            self._write_obs(self._buffers.reset_obs, i, obs)
+            self._buffers.reset_obs[i] = obs
             self._episode_steps[i] = len(state["actions"])
             self._seeds[i] = None
             self._cut_after[i] = self._first_length(i)
@@ -224,11 +224,11 @@ class EnvShard:
                 rng = random_state(env)
                 env = self._rebuild(i)
             obs = begin(env, self._logs[i], seed=seed, rng=rng)
-        except Exception as error:
-            raise EnvError(f"environment {self._first + i}, in reset, raised {told(error)}") from error
+            self._buffers.reset_obs[i] = flat_observation(obs, self._declared)
+        except (Exception, SystemExit) as error:
+            raise failure(f"environment {self._first + i}, in reset,", error) from error
         self._seeds[i] = None
         self._cut_after[i] = self._first_length(i)
-        self._write_obs(self._buffers.reset_obs, i, obs)
         self._entered(i)
 
     def _entered(self, i: int) -> None:
@@ -245,23 +245,6 @@ class EnvShard:
         self._envs[i].close()
         self._envs[i] = make_single_env(self._config)
         return self._envs[i]
-
-    def _write_obs(self, target: Array, i: int, obs: Any) -> None:
-        if type(obs) is np.ndarray and obs.shape == self._obs_shape and obs.dtype == self._obs_dtype:
-            target[i] = obs
-            return
-        given = f"{obs.dtype}{list(obs.shape)}" if isinstance(obs, np.ndarray) else f"a {type(obs).__name__}"
-        raise EnvError(
-            f"{self._where(i)} returned {given} as its observation, its observation_space says {self._obs_dtype}"
-            f"{list(self._obs_shape)}: return np.asarray(obs, dtype=np.{self._obs_dtype}) of that shape, or "
-            "declare the space as it is"
-        )
-
-    def _scalar(self, reward: Any, i: int) -> float:
-        if isinstance(reward, np.generic) or (isinstance(reward, np.ndarray) and reward.ndim == 0):
-            return float(reward)
-        given = f"an array of shape {reward.shape}" if hasattr(reward, "shape") else f"a {type(reward).__name__}"
-        raise EnvError(f"{self._where(i)} returned {given} as its reward: return a scalar, such as float(reward)")
 
     def _check_finite(self, values: Array, what: str) -> None:
         finite = np.isfinite(values)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import traceback
-from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
-import numpy as np
 from gymnasium.error import DependencyNotInstalled, UnregisteredEnv
-from gymnasium.wrappers import FlattenObservation
+from gymnasium.spaces import Space
 
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs.mujoco_warnings import warn_once
+from trpo.envs.returned import Flattened, ReturnError
 from trpo.envs.spaces import ActionEncoding, check_observation_space, is_flat
 from trpo.errors import EnvError, did_you_mean, imported, raised
 
@@ -33,35 +31,22 @@ def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gym
     env = _make(config, render_mode)
     for index, wrapper in enumerate(config.wrappers):
         env = _wrap(env, wrapper, f"env.wrappers[{index}]")
+    for what in ("observation_space", "action_space"):
+        if not isinstance(getattr(env, what, None), Space):
+            raise EnvError(f"{config.id} has no {what}: set self.{what} to one of gymnasium.spaces in its __init__")
     ActionEncoding.of(env.action_space, config.id)
     check_observation_space(env.observation_space, config.id)
-    return env if is_flat(env.observation_space) else FlattenObservation(env)
+    return env if is_flat(env.observation_space) else Flattened(env)
 
 
-SUCCESS_KEYS = ("is_success", "success")  # Gymnasium-Robotics' and stable-baselines3's, Meta-World's
+def failure(where: str, error: BaseException) -> EnvError:
+    """What went wrong with an environment, `where` it did."""
+    if isinstance(error, ReturnError):
+        return EnvError(f"{where} {error}")
+    return EnvError(f"{where} raised {told(error)}")
 
 
-def success_of(info: Mapping[str, Any]) -> float:
-    """What the last step of an episode reports as its success, 0 to 1; NaN if nothing."""
-    first, second = SUCCESS_KEYS
-    given = info.get(first)
-    if given is None:
-        number = _number(info.get(second))
-        return number if 0 <= number <= 1 else math.nan  # that name has other meanings, too
-    if math.isnan(number := _number(given)):
-        raise EnvError(f"info[{first!r}] is {given!r}: report True, False or a number")
-    return number
-
-
-def _number(given: Any) -> float:
-    """NaN for what is none."""
-    try:
-        return float(np.asarray(given, float).item())
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """What an environment raised, and where."""
     text, line = raised(error), str(traceback.extract_tb(error.__traceback__)[-1].line)
     if "values to unpack" in str(error) and ("env.reset(" in line or "env.step(" in line):
@@ -83,14 +68,16 @@ def _make(config: EnvConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]
         raise EnvError(_unknown_id(config.id, error)) from error
     except DependencyNotInstalled as error:
         raise EnvError(_missing_package(config.id, error)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of modules and constructors that give up with `sys.exit`
         raise EnvError(_failure(config, error)) from error
 
 
 def _unknown_id(env_id: str, error: Exception) -> str:
-    name = env_id.rpartition(":")[2]
+    module, colon, name = env_id.rpartition(":")
     newest = {_without_version(known): known for known in gymnasium.registry}  # versions are registered in order
     near = [newest[found] for found in difflib.get_close_matches(_without_version(name), newest, n=3)]
+    if colon:
+        return f"env.id: the module {module!r} registers no environment {name!r}{did_you_mean(near)}"
     hint = did_you_mean(near) or f"; if a package registers it, write `module:{name}` ({error})"
     return f"env.id: no environment {env_id!r} is registered{hint}"
 
@@ -108,7 +95,7 @@ def _missing_package(env_id: str, error: Exception) -> str:
     return f"{env_id} needs a package that is not installed: {error}"
 
 
-def _failure(config: EnvConfig, error: Exception) -> str:
+def _failure(config: EnvConfig, error: BaseException) -> str:
     module, colon, _ = config.id.partition(":")
     if colon and isinstance(error, ImportError):
         return f"env.id: the module {module!r} of {config.id!r} cannot be imported: {error}"
@@ -119,7 +106,7 @@ def _wrap(env: gymnasium.Env[Any, Any], wrapper: WrapperConfig, key: str) -> gym
     factory = imported(wrapper.name, key=f"{key}.name", kind=EnvError)
     try:
         wrapped = factory(env, **wrapper.kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EnvError(f"{key}: {wrapper.name} cannot be built with kwargs {wrapper.kwargs}: {told(error)}") from error
     if not isinstance(wrapped, gymnasium.Env):
         raise EnvError(f"{key}.name: {wrapper.name} gave a {type(wrapped).__name__}, not a gymnasium.Env")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from trpo.envs.contract import Step
 from trpo.envs.gymnasium import as_step, native_actions
+from trpo.envs.returned import SUCCESS_KEYS, ReturnError, success_of
 from trpo.envs.shard import EnvSpaces, StepBuffers
-from trpo.envs.single import SUCCESS_KEYS, success_of, told
+from trpo.envs.single import failure, told
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
 from trpo.errors import EnvError
 
@@ -120,7 +121,10 @@ class VectorEnvAdapter:
             first_obs, _ = self._env.reset(options={"reset_mask": done.copy()})
             buffers.reset_obs[done] = self._rows(first_obs)[done]
         for i in np.flatnonzero(done).tolist():
-            buffers.success[i] = success_of(_successes(last_infos, i))
+            try:
+                buffers.success[i] = success_of(_successes(last_infos, i))
+            except ReturnError as error:
+                raise failure(f"environment {i}", error) from error
 
     def _write_final(self, infos: dict[str, Any], done: Array) -> None:
         final = infos.get("final_obs")

@@ -1,0 +1,137 @@
+"""What an environment returns, held against what its spaces and Gymnasium's interface promise.
+
+Gymnasium only warns of most of it, or casts: pictures of floats become zeros, −1 the last category. Numpy and Gymnasium
+only, for worker processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
+from gymnasium.spaces.utils import flatten, flatten_space
+
+from trpo.envs.spaces import Array
+
+SUCCESS_KEYS = ("is_success", "success")  # Gymnasium-Robotics' and stable-baselines3's, Meta-World's
+SCALAR_KINDS = "biuf"  # bool, integers, float
+
+
+class ReturnError(Exception):
+    """An environment returned what it must not; the text goes on from `environment 3, step 5 of its episode,`."""
+
+
+class Flattened(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Observations as flat rows, as `gymnasium.wrappers.FlattenObservation` makes them, of none but those promised."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]):
+        super().__init__(env)
+        self._space: Space[Any] = env.observation_space
+        self.observation_space = flatten_space(self._space)
+
+    def observation(self, observation: Any) -> Any:
+        _check(observation, self._space, "")
+        return flatten(self._space, observation)
+
+
+def flat_observation(obs: Any, space: Box) -> Array:
+    """`obs` [D], if it is an array of the shape and dtype of the flat `space`."""
+    if type(obs) is np.ndarray and obs.shape == space.shape and obs.dtype == space.dtype:
+        return obs
+    raise ReturnError(
+        f"returned {_kind(obs)} as its observation, its observation_space says {space.dtype}{list(space.shape)}: "
+        f"return np.asarray(obs, dtype=np.{space.dtype}) of that shape, or declare the space as it is"
+    )
+
+
+def scalar_reward(reward: Any) -> float:
+    if isinstance(reward, float | int):
+        return reward
+    if isinstance(reward, np.generic | np.ndarray) and reward.ndim == 0 and reward.dtype.kind in SCALAR_KINDS:
+        return float(reward)
+    raise ReturnError(f"returned {_kind(reward)} as its reward: return a scalar, such as float(reward)")
+
+
+def flag(value: Any, name: str) -> bool:
+    """`terminated` or `truncated`."""
+    if isinstance(value, bool | int | np.bool | np.integer) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return bool(value)
+    raise ReturnError(f"returned {_kind(value)} as {name}: return True or False")
+
+
+def success_of(info: Any) -> float:
+    """What the last step of an episode reports as its success, 0 to 1; NaN if nothing."""
+    if not isinstance(info, Mapping):
+        raise ReturnError(f"returned {_kind(info)} as its info: return a dict")
+    first, second = SUCCESS_KEYS
+    given = info.get(first)
+    if given is None:
+        number = _number(info.get(second))
+        return number if 0 <= number <= 1 else math.nan  # that name has other meanings, too
+    if math.isnan(number := _number(given)):
+        raise ReturnError(f"returned info with {first!r}: {given!r}: report True, False or a number")
+    return number
+
+
+def _number(given: Any) -> float:
+    """NaN for what is none."""
+    try:
+        return float(np.asarray(given, float).item())
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _check(obs: Any, space: Space[Any], part: str) -> None:
+    """Raises `ReturnError` unless `obs` is of `space`, for bounds of a Box and sizes of float aside.
+
+    `part`: where in the whole observation, as `['camera'][0]`.
+    """
+    if isinstance(space, Dict):
+        if not isinstance(obs, Mapping) or obs.keys() != space.spaces.keys():
+            given = f"keys {sorted(obs, key=str)}" if isinstance(obs, Mapping) else _kind(obs)
+            raise _unlike(given, part, f"a dict with the keys {sorted(space.spaces, key=str)}")
+        for key, inner in space.spaces.items():
+            _check(obs[key], inner, f"{part}[{key!r}]")
+    elif isinstance(space, Tuple):
+        if not isinstance(obs, tuple | list) or len(obs) != len(space.spaces):
+            raise _unlike(_kind(obs), part, f"a tuple of {len(space.spaces)}")
+        for i, inner in enumerate(space.spaces):
+            _check(obs[i], inner, f"{part}[{i}]")
+    else:
+        _check_array(obs, space, part)
+
+
+def _check_array(obs: Any, space: Space[Any], part: str) -> None:
+    assert isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary)
+    dtype = np.dtype(space.dtype)
+    array = np.asarray(obs)
+    # Same kind: no float in place of an integer, no sign lost. A float of another size is rounded, as everywhere.
+    if array.shape != space.shape or not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise _unlike(_kind(obs), part, f"{dtype}{list(space.shape or ())}")
+    if isinstance(space, Box):
+        return
+    lowest, count = (0, 2) if isinstance(space, MultiBinary) else (space.start, _categories(space))
+    if not np.all((lowest <= array) & (array < lowest + count)):
+        raise _unlike(f"{array.tolist()}", part, str(space))
+
+
+def _categories(space: Discrete | MultiDiscrete) -> Any:
+    return space.n if isinstance(space, Discrete) else space.nvec
+
+
+def _unlike(given: str, part: str, expected: str) -> ReturnError:
+    where = f" {part} of" if part else ""
+    return ReturnError(
+        f"returned {given} as{where} its observation, its observation_space says {expected}: return that, or declare "
+        "the space as it is"
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray | np.generic):
+        return f"{value.dtype}{list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
