@@ -68,6 +68,7 @@ def _report(saved: SavedPolicy, env: EnvConfig, result: Evaluation, args: argpar
         "mean_length": result.mean_length,
         "returns": result.returns,
         "lengths": result.lengths,
+        "successes": result.successes,
         "cut": result.cut,
     }
 

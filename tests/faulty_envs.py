@@ -83,6 +83,8 @@ class Faulty(Counting):
                 return obs, reward, True, truncated, None
             case "raise":
                 raise ZeroDivisionError("pole at zero")
+            case "deep":
+                np.stack([])
             case "unpicklable":
                 raise Unpicklable(threading.Lock())
             case "exit":

@@ -235,10 +235,6 @@ TEXT_ERRORS = {
         "3: policy.std.initial: must lie strictly between min 0.1 and max 0.5, not 0.6",
     ),
     "std bounds crossed": ("policy: {std: {min: 30}}", "2: policy.std.min: must be below max 20.0, not 30.0"),
-    "std of a Gaussian for bins": (
-        "policy:\n  bins: 11\n  std: {initial: 0.6, min: 0.05}",
-        "3: policy.bins: must be null, a Gaussian policy, where policy.std is more than initial: bins have no other σ",
-    ),
     "a preconditioner without damping": (
         "natural_gradient:\n  preconditioner: kronecker\n  damping: 0",
         "4: natural_gradient.damping: must be above 0 with a preconditioner, whose factors may be singular",

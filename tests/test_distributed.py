@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import command
+from commands import command, one_line
 from helpers import F64, OBS_DIM, make_batch, make_mlp, make_policy, randn, seeded, settings
 from torch import Tensor
 
@@ -179,8 +179,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def in_two_processes(arguments: list[str], **environment: str) -> list[str]:
-    """Runs a command as both of two processes, as `torchrun` would; what they print."""
+def in_two_processes(arguments: list[str], *, status: int = 0, **environment: str) -> list[str]:
+    """Runs a command as both of two processes, as `torchrun` would, to this exit status; what they print, or complain
+    of."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
@@ -196,8 +197,8 @@ def in_two_processes(arguments: list[str], **environment: str) -> list[str]:
     try:
         for process in processes:
             out, errors = process.communicate(timeout=180)
-            assert process.returncode == 0, errors
-            printed.append(out)
+            assert process.returncode == status, errors
+            printed.append(errors if status else out)
     finally:
         for process in processes:
             process.kill()
@@ -316,6 +317,16 @@ def test_a_run_of_two_processes_resumes_though_the_environments_of_one_cannot_an
     leader, other = train("--env", "faulty_envs:OwnRandomness-v0", *changes, *next_run)
     assert leader.startswith("no run of faulty_envs:OwnRandomness-v0, name next, seed 0 to go on with") and other == ""
     assert f"starts from {run / 'final'}" in leader
+
+
+def test_where_one_process_fails_the_other_says_so_in_one_line(tmp_path: Path) -> None:
+    kwargs = json.dumps({"fault": "raise", "seed": stream_seed(0, "environments", 1), "at": 40})
+    given = ["env.num_envs=2", f"env.kwargs={kwargs}", "batch_size=32", "device=cpu"]
+    arguments = [word for setting in given for word in ("--set", setting)]
+    train = command("train.py", "--root", tmp_path, "--env", "faulty_envs:Faulty-v0", *arguments)
+    leader, other = in_two_processes(train, status=2, PYTHONPATH=str(Path(__file__).parent))
+    assert "raised ZeroDivisionError: pole at zero" in one_line(other)
+    assert one_line(leader) == "error: another process of this run has ended or hangs; what it said tells why"
 
 
 def test_without_a_launcher_the_group_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,6 +348,13 @@ class TestFaults:
         cause = check_fault(envs, message[fault])
         assert "in step" in str(cause)  # the worker's traceback, as text
 
+    def test_the_place_named_is_the_users_own(self) -> None:
+        """Not in numpy, where it was raised: whose code called it with nothing."""
+        check_fault(
+            make_envs(tiny("Faulty", fault="deep", seed=8, at=3), [6, 7, 8]),
+            r"raised ValueError: need at least one array to stack \(.*faulty_envs\.py:\d+\)$",
+        )
+
     def test_the_original_exception_is_chained(self) -> None:
         cause = check_fault(make_envs(tiny("Faulty", fault="raise", seed=8, at=3), [6, 7, 8]), "raised Zero")
         assert isinstance(cause, ZeroDivisionError)

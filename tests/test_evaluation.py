@@ -200,7 +200,7 @@ def test_figures_are_those_of_the_episodes():
         "eval/episodes": 3.0,
         "eval/success_rate": 0.5,
     }
-    assert str(result) == "return 3.0 ± 2.2 (median 2.0), length 5, 3 episodes"
+    assert str(result) == "return 3.0 ± 2.2 (median 2.0), length 5, 3 episodes, success 50%"
     assert "eval/success_rate" not in Evaluation([1.0], [1]).metrics()
 
 
@@ -391,6 +391,7 @@ def test_command_prints_nothing_but_one_json_object(cartpole, tmp_path):
         "mean_length": result.mean_length,
         "returns": result.returns,
         "lengths": result.lengths,
+        "successes": result.successes,
         "cut": 0,
     }
     assert video.stat().st_size > 0

@@ -711,6 +711,7 @@ def test_a_failing_environment_ends_training_before_anything_has_used_it(
     (trainer,) = trainers
     log = (trainer.run.path / "log.txt").read_text()
     assert "Traceback" in log and problem in log and ("faulty_envs.py" in log or fault != "unpicklable")
+    assert f"go on from the newest checkpoint with --resume {trainer.run.path}" in log
     saved = last_state(trainer.run.path)
     assert saved["counters"]["updates"] == 1
     agent = {**trainer.agent.state_dict(), **trainer.agent.local_state_dict()}

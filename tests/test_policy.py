@@ -27,6 +27,7 @@ from torch import Tensor
 
 from trpo.config import Config
 from trpo.distributions import DiagonalGaussian
+from trpo.errors import ConfigError
 from trpo.natural_gradient.explicit import eta_function
 from trpo.networks import MLP
 from trpo.normalizer import ObservationNormalizer
@@ -249,6 +250,17 @@ def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> No
     assert (eta[:, 2:].exp() - 0.5).abs().max() < 0.05
     network = policy.network
     assert isinstance(network, GaussianHead) and (network.low, network.high) == (math.log(0.1), math.log(3.0))
+
+
+@pytest.mark.parametrize("std", [50.0, {"start": 3.0, "end": 1.0}, {"initial": 0.6, "min": 0.05}])
+def test_only_values_between_bounds_have_no_more_than_an_initial_std(std: Any) -> None:
+    """The same settings, bins by default, for actions with bounds, of which a policy has bins, and without."""
+    arguments = {"generator": seeded(), "device": torch.device("cpu")}
+    with pytest.raises(ConfigError, match=r"policy.std: these actions have bounds .* set policy.bins=null"):
+        build_policy(config(std=std), spaces.Box(-1, 1, (OBS_DIM,)), spaces.Box(-1, 1, (2,)), **arguments)
+    free = build_policy(config(std=std), spaces.Box(-1, 1, (OBS_DIM,)), spaces.Box(-np.inf, np.inf, (2,)), **arguments)
+    first = std if isinstance(std, float) else std.get("start", std.get("initial"))
+    assert isinstance(free.distribution, DiagonalGaussian) and free.std() == pytest.approx(first, rel=1e-6)  # float32
 
 
 def test_an_ordinal_policy_starts_near_a_gaussian_of_the_initial_std() -> None:

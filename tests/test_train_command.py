@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +16,8 @@ import pytest
 from commands import PROJECT, Outcome, one_line, run_process, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trpo.checkpoint import checkpoint_paths
 from trpo.command_line import run_command
+from trpo.checkpoint import checkpoint_paths
 from trpo.config_file import load_config, parse_config
 from trpo.evaluation import evaluate
 from trpo.random_streams import stream_seed
@@ -216,6 +220,24 @@ def test_an_environment_by_its_id_has_the_defaults(tmp_path, capsys, monkeypatch
         patch=monkeypatch,
     )  # fmt: skip
     assert both.status == 0 and (tmp_path / "Acrobot-v1").is_dir()
+
+
+def test_an_interrupt_while_a_command_imports_is_one_line_too() -> None:
+    script = "import trpo.command_line; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == -signal.SIGINT and one_line(done.stderr) == "interrupted"
+    other = subprocess.run(
+        [sys.executable, "-c", script.replace("KeyboardInterrupt", "ValueError")], capture_output=True, text=True
+    )
+    assert other.returncode == 1 and "Traceback" in other.stderr
+
+
+@pytest.mark.parametrize("script", sorted((PROJECT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_commands_import_what_makes_that_so_before_anything_slow(script: Path) -> None:
+    imports = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ImportFrom | ast.Import)]
+    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    first = next(name for name in names if name.split(".")[0] not in sys.stdlib_module_names)
+    assert first == "trpo.command_line"
 
 
 def test_an_interrupted_command_says_so_in_one_line(capsys, monkeypatch):

@@ -179,16 +179,6 @@ class PolicyConfig(Settings):
     )
     mean_head_scale: float = Field(0.01, gt=0, description="Gain of the orthogonal initialisation of the last layer.")
 
-    @model_validator(mode="after")
-    def _bins_have_no_std(self) -> Self:
-        std, default = self.std, LearnedStdConfig()
-        if self.bins is not None and not (
-            isinstance(std, LearnedStdConfig) and std.model_copy(update={"initial": default.initial}) == default
-        ):
-            problem = "must be null, a Gaussian policy, where policy.std is more than initial: bins have no other σ"
-            raise _contradiction("bins", problem, against="std")
-        return self
-
 
 class AdamFitConfig(Settings):
     epochs: int = Field(10, ge=1, description="Passes over the batch per update.")

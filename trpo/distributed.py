@@ -6,9 +6,11 @@ the results are identical on all ranks, so all take the same decisions. One proc
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trpo.errors import TrainingError
 from trpo.reduction import AllSum, one_process
 
 CPU = torch.device("cpu")
@@ -42,7 +45,8 @@ class Group:
 
     def _all_sum(self, tensor: Tensor) -> Tensor:
         moved = tensor.to(self.device).contiguous()
-        dist.all_reduce(moved)
+        with _if_all_are_there():
+            dist.all_reduce(moved)
         return moved.to(tensor.device)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -50,7 +54,8 @@ class Group:
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value)
+        with _if_all_are_there():
+            dist.all_gather_object(out, value)
         return out
 
     def broadcast(self, value: Any) -> Any:
@@ -58,7 +63,8 @@ class Group:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _if_all_are_there():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def assert_equal(self, tensor: Tensor, what: str) -> None:
@@ -74,6 +80,14 @@ class Group:
         base, extra = divmod(total, self.size)
         start = self.rank * base + min(self.rank, extra)
         return slice(start, start + base + (self.rank < extra))
+
+
+@contextlib.contextmanager
+def _if_all_are_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the backend's, of closed connections and timeouts
+        raise TrainingError("another process of this run has ended or hangs; what it said tells why") from error
 
 
 def join_group(device: torch.device) -> Group:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,8 +50,15 @@ def nearest_path(missing: Path, others: Iterable[Path]) -> str:
 
 def raised(error: BaseException) -> str:
     """What other people's code raised, and where: one line, since whoever wrote it can open the file."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = ([frame for frame in frames if not _is_installed(frame.filename)] or frames)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({os.path.relpath(place.filename)}:{place.lineno})"
+
+
+def _is_installed(file: str) -> bool:
+    """Whether it is Python's, a package's or this one's, and so not the place where a user would look."""
+    theirs = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), os.path.dirname(__file__))
+    return file.startswith((*theirs, "<"))
 
 
 def imported(name: str, *, key: str, kind: type[UserError]) -> Any:

@@ -72,9 +72,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         cut = f", {self.cut} of them cut after {max(self.lengths)} steps" if self.cut else ""
+        success = f", success {statistics.fmean(self.successes):.0%}" if self.successes else ""
         return (
             f"return {self.mean:.1f} ± {self.std:.1f} (median {self.median:.1f}), "
-            f"length {self.mean_length:.0f}, {len(self.returns)} episodes{cut}"
+            f"length {self.mean_length:.0f}, {len(self.returns)} episodes{cut}{success}"
         )
 
 

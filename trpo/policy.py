@@ -12,8 +12,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from trpo.config import Config, LearnedStdConfig
+from trpo.config import Config, LearnedStdConfig, PolicyConfig
 from trpo.distributions import DiagonalGaussian, Distribution, Ordinal, distribution_for
+from trpo.errors import ConfigError
 from trpo.networks import (
     MLP,
     BodyAndHead,
@@ -344,9 +345,8 @@ def build_policy(
     )
     network: nn.Module = inner
     if isinstance(distribution, Ordinal):
-        assert isinstance(settings.std, LearnedStdConfig)  # the config allows no other beside bins
         with torch.no_grad():
-            inner.head.bias.copy_(distribution.normal(settings.std.initial))
+            inner.head.bias.copy_(distribution.normal(_initial_std(settings)))
     if isinstance(std, LearnedStdConfig):
         bounds = (std.min, std.max)
         network = GaussianHead(inner, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)
@@ -354,6 +354,21 @@ def build_policy(
         network = GivenStdHead(inner, distribution.action_dim, std=value_at(std, 0.0))
     normalizer = build_normalizer(config, obs_dim)
     return Policy(network.to(device, dtype), distribution, normalizer.to(device))
+
+
+def _initial_std(settings: PolicyConfig) -> float:
+    """σ that an ordinal policy begins with.
+
+    Raises:
+        ConfigError: there is more to σ. Only the action space says whether a policy is ordinal, so no config knew.
+    """
+    std, default = settings.std, LearnedStdConfig()
+    if isinstance(std, LearnedStdConfig) and std.model_copy(update={"initial": default.initial}) == default:
+        return std.initial
+    raise ConfigError(
+        "policy.std: these actions have bounds and take values in policy.bins, whose σ has no setting but "
+        "policy.std.initial; set policy.bins=null for a Gaussian policy, or leave the rest of policy.std out"
+    )
 
 
 def build_normalizer(config: Config, obs_dim: int) -> ObservationNormalizer:

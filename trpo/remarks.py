@@ -40,7 +40,9 @@ def _std_beside_bounds(policy: Policy, action_space: spaces.Space[Any]) -> str |
         return None
     half = (action_space.high.astype(np.float64) - action_space.low) / 2
     for i, reach in enumerate(half.ravel().tolist()):
-        if 0 < reach < math.inf and not reach / 20 <= std <= 20 * reach:
+        if reach == math.inf:
+            return f"component {i} of the actions has no bounds; its σ is {std:g}, policy.std in the actions' unit"
+        if reach > 0 and not reach / 20 <= std <= 20 * reach:
             size = "small" if std < reach else "large"
             return (
                 f"the actions' σ of {std:g} is {size} beside the bounds of component {i}, {reach:g} to either side; "

@@ -19,7 +19,7 @@ import torch
 from trpo import native
 from trpo.agent import Agent, UpdateReport
 from trpo.batch import Rollout
-from trpo.checkpoint import CheckpointStore
+from trpo.checkpoint import CheckpointStore, checkpoint_paths
 from trpo.collector import Collector, Episodes
 from trpo.config import Config
 from trpo.config_difference import config_difference
@@ -261,6 +261,9 @@ class Trainer:
         except Exception as error:
             if self.writer is not None:
                 self.writer.failure(error)
+                if isinstance(error, EnvError) and checkpoint_paths(self.run.checkpoints):
+                    path = self.run.path
+                    self._say(f"go on from the newest checkpoint with --resume {path}; its log.txt has the traceback")
             raise
 
     @contextlib.contextmanager
