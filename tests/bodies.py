@@ -31,6 +31,15 @@ class Narrow(nn.Linear):
         super().__init__(inputs + 1, 3)
 
 
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+def diverges(inputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 3), Log())
+
+
 def drops(inputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, 3), nn.Dropout(0.5))
 

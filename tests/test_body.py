@@ -253,6 +253,7 @@ def test_one_that_no_longer_gives_the_same_layers_is_said(tmp_path: Path, monkey
             {},
             r"the module of bodies:halved gives torch.float16 \[5, 4\] for observations torch.float32",
         ),
+        ("bodies:diverges", {}, "gives NaN or infinity for observations between -1 and 1"),
         ("bodies:drops", {}, "the module of bodies:drops is another function from call to call"),
         ("bodies:normalizes", {}, "is another function from call to call"),
         ("bodies:Counting", {}, "is another function from call to call"),

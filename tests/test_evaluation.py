@@ -403,7 +403,7 @@ def test_command_errors_are_one_line_and_status_2(cartpole, script, tmp_path):
     (damaged / "manifest.json").write_text("{}")
     for args, problem in (
         ((tmp_path / "nowhere",), "no such file or directory"),
-        ((damaged,), "cannot load checkpoint"),
+        ((damaged,), "cannot load"),
         ((cartpole.path, "--env", "Pendulum-v1"), "trained on"),
         ((cartpole.path, "--env", "CartPool-v1"), "did you mean CartPole-v1"),
         ((cartpole.path, "--episodes", "0"), "--episodes: give a whole number of at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import runpy
 import struct
@@ -258,10 +259,29 @@ def test_a_run_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytest.Lo
         plot_runs([damaged], tmp_path / "other.svg")
 
 
-@pytest.mark.parametrize("name", ["curves.xyz", "missing/curves.png"])
+@pytest.mark.parametrize("name", ["curves.xyz", "run", "run/config.yaml/curves.png"])
 def test_an_image_that_cannot_be_written_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match=f"cannot write .*{name}"):
-        plot_runs([make_run(tmp_path / "run")], tmp_path / name)
+        plot_runs([run], tmp_path / name)
+    assert [*tmp_path.iterdir()] == [run]
+
+
+def test_an_image_stays_until_the_next_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, image = make_run(tmp_path / "run"), tmp_path / "new folder" / "curves"
+    plot_runs([run], image)
+    before = image.read_bytes()
+    assert before.startswith(b"\x89PNG")
+
+    def full_disk(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*curves: .*No space left"):
+        plot_runs([run], image)
+    assert image.read_bytes() == before and [*image.parent.iterdir()] == [image]
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,8 @@ def _looked_at(body: nn.Module, x: Tensor, name: str) -> int:
         raise ConfigError(
             f"{name} gives {given} for observations {x.dtype} {list(x.shape)}, not [5, features] of those"
         )
+    if not out.isfinite().all():
+        raise ConfigError(f"{name} gives NaN or infinity for observations between -1 and 1")
     same = all(torch.allclose(out, other, rtol=1e-4, atol=1e-5, equal_nan=True) for other in (again, apart))
     if not same or any(not torch.equal(value, before[key]) for key, value in body.state_dict().items()):
         raise ConfigError(

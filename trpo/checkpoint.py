@@ -84,11 +84,9 @@ def load_state(path: Path) -> State:
         manifest = _read_manifest(directory / MANIFEST_FILE)
         return decode(manifest["state"], _read_tensors(directory / TENSORS_FILE, manifest["tensors"]))
     except NewerSchemaError as error:
-        raise NewerSchemaError(f"cannot load checkpoint {path}: {error}") from error
-    except (
-        Exception
-    ) as error:  # a trust boundary: parsers fed with hostile bytes raise anything, and users see one kind
-        raise CheckpointError(f"cannot load checkpoint {path}: {_reason(error)}; choose another checkpoint") from error
+        raise NewerSchemaError(f"cannot load {path}: {error}") from error
+    except Exception as error:  # a trust boundary: of hostile bytes parsers raise anything, and users see one kind
+        raise CheckpointError(f"cannot load {path}: {_reason(error)}; choose another checkpoint or policy") from error
 
 
 class CheckpointStore:

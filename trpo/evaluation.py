@@ -151,6 +151,10 @@ def check_environment(policy: Policy, env_config: EnvConfig, action_space: space
     env = make_single_env(env_config.for_evaluation)
     try:
         _check_spaces(policy, env, action_space)
+    except EnvError as error:
+        if env_config.for_evaluation == env_config:
+            raise
+        raise EnvError(f"{error}; wrappers that are training_only must leave both spaces as they are") from error
     finally:
         env.close()
 

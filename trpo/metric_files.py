@@ -144,7 +144,7 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     if not lines or lines[0][:1] != [STEP_COLUMN]:
-        raise UserError(f"{path} is not a table of metrics: its first column is not {STEP_COLUMN}")
+        raise UserError(f"{path} is not a table of metrics: its first column is not {STEP_COLUMN}; move it away")
     columns, *rows = lines
     return columns, [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import logging
 import math
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,7 +83,7 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
 
     Args:
         directories: run directories, or directories that hold some at any depth.
-        output: image to write; its suffix (.png, .svg, .pdf) decides the format.
+        output: image to write, folders and all; its suffix (.png, .svg, .pdf) decides the format, by default png.
         metric: a column of the tables, such as `eval/mean_reward`.
 
     A run that cannot be read is left out, with a warning.
@@ -96,8 +98,16 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
         other = "; --metric eval/mean_reward draws the evaluations" if metric.startswith("rollout/") else ""
         raise UserError(f"nothing to plot: {metric} has no value in {curves[0].source}{other}")
     figure = draw(longest_per_seed(told_apart(measured)), metric)
+    image = io.BytesIO()
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        figure.savefig(output)
+        figure.savefig(image, format=output.suffix.removeprefix(".") or "png")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(image.getvalue())
+            os.replace(partial, output)  # an image that was there is whole until this one is
+        finally:
+            partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {output}: {error}") from error
 

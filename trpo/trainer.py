@@ -237,7 +237,7 @@ class Trainer:
         last = self.config.updates if max_updates is None else min(self.config.updates, self.updates + max_updates)
         with contextlib.closing(self), self.threads(), self._recorded():
             if self._is_finished():
-                self._say("this run is finished already")
+                self._say("this run is finished already; to go on, raise total_steps")
                 return RunResult(self.run.path, self.env_steps, None)
             with caught_signals() as received:
                 stop = False
