@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from trpo.command_line import CommandParser, at_least, run_command
-from trpo.config import EnvConfig
+from trpo.config import Config, EnvConfig
+from trpo.config_file import dump_config, parse_config
+from trpo.errors import UserError
 from trpo.evaluation import Evaluation, evaluate
 from trpo.saved_policy import SavedPolicy, load_policy
 
@@ -15,7 +18,8 @@ from trpo.saved_policy import SavedPolicy, load_policy
 def main() -> None:
     args = _parse()
     saved = load_policy(args.policy, device=args.device, trust_code=args.trust_code)
-    env = EnvConfig(id=args.env) if args.env else saved.environment(trust_code=args.trust_code)
+    saved = replace(saved, config=_settings(saved, args))
+    env = saved.config.env if args.env else saved.environment(trust_code=args.trust_code)
     result = evaluate(
         saved.policy,
         env,
@@ -37,6 +41,17 @@ def main() -> None:
         print(f"video of the first episode: {args.video}")
 
 
+def _settings(saved: SavedPolicy, args: argparse.Namespace) -> Config:
+    """Those of the policy's run, with what is another in this evaluation."""
+    config = saved.config
+    for change in args.set:
+        if not change.startswith(("env.", "evaluation.")):
+            raise UserError(f"--set {change}: only env.* and evaluation.* can differ from the policy's run")
+    if args.env:
+        config = config.model_copy(update={"env": EnvConfig(id=args.env)})
+    return parse_config(dump_config(config), source=str(saved.path), overrides=args.set) if args.set else config
+
+
 def _parse() -> argparse.Namespace:
     parser = CommandParser(description="Evaluate a policy: mean, std and median return over whole episodes.")
     parser.add_policy()
@@ -50,6 +65,13 @@ def _parse() -> argparse.Namespace:
     show.add_argument("--render", action="store_true", help="show the episodes in a window, one after the other")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--env", metavar="ID", help="another environment than the policy's own, as Gymnasium makes it")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting under env or evaluation, such as env.kwargs.difficulty=5; may be repeated",
+    )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or auto (default: %(default)s)")
     return parser.parse_args()
 

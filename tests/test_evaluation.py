@@ -366,6 +366,16 @@ def test_command_prints_the_figures(cartpole, script):
     assert one_line(outcome.out) == f"CartPole-v1, stochastic: {expected}"
 
 
+def test_command_evaluates_in_another_variant_of_the_environment(tmp_path, script):
+    policy = saved_policy(tmp_path / "policy", config_for("Pendulum-v1"), 3, gymnasium.make("Pendulum-v1").action_space)
+    moon = EnvConfig(id="Pendulum-v1", kwargs={"g": 1.6})
+    expected = evaluate(policy.policy, moon, policy.action_space, episodes=2, seed=0)
+    assert expected != evaluate(policy.policy, policy.config.env, policy.action_space, episodes=2, seed=0)
+    for where in ((), ("--env", "Pendulum-v1")):
+        outcome = script(policy.path, "--episodes", 2, *where, "--set", "env.kwargs.g=1.6")
+        assert outcome.status == 0 and one_line(outcome.out) == f"Pendulum-v1, deterministic: {expected}"
+
+
 def test_command_says_when_a_run_has_not_ended(tmp_path, script):
     best = saved_policy(tmp_path / "run" / "best", config_for(), 4, gymnasium.make("CartPole-v1").action_space)
     said = f"the run has not ended: this is {best.path}, the best so far, after 4096 steps"
@@ -406,6 +416,9 @@ def test_command_errors_are_one_line_and_status_2(cartpole, script, tmp_path):
         ((damaged,), "cannot load"),
         ((cartpole.path, "--env", "Pendulum-v1"), "trained on"),
         ((cartpole.path, "--env", "CartPool-v1"), "did you mean CartPole-v1"),
+        ((cartpole.path, "--set", "policy.bins=3"), "only env.* and evaluation.* can differ"),
+        ((cartpole.path, "--set", "env.kwarg.g=3"), "did you mean env.kwargs?"),
+        ((cartpole.path, "--set", "env.kwargs.g=3"), "cannot be built with env.kwargs {'g': 3}"),
         ((cartpole.path, "--episodes", "0"), "--episodes: give a whole number of at least 1"),
         ((cartpole.path, "--seed", "-1"), "--seed"),
         ((cartpole.path, "--device", "gpu"), "device 'gpu' is unknown"),
