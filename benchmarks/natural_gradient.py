@@ -111,9 +111,10 @@ def kl_circle(mean: float, std: float) -> Tensor:
 
 ITERATIONS = 15
 DAMPINGS = (0.01, 0.1, 1.0)
+FROM_NATURAL_TO_PLAIN = (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1.0, math.inf)
 BOUND = 0.01
-STEP = NaturalGradientConfig(damping=0.1, cg_iterations=ITERATIONS)
-SCALES = [i / 20 for i in range(61)]
+STEP = NaturalGradientConfig(damping=0.01, cg_iterations=ITERATIONS)
+SCALES = [i / 20 for i in range(41)]
 
 
 def real_policy() -> dict[str, Any]:
@@ -161,9 +162,22 @@ def real_policy() -> dict[str, Any]:
             "eigenvalues_above_damping": int((eigenvalues > damping).sum()),
         }
 
-    report = trust_region_step(policy, batch, max_kl=BOUND, settings=STEP)
-    step = (policy.theta.vector - theta) / report.scale
     kl, start = kl_from(eta_of, dist.kl, theta), float(surrogate(theta))
+    damped = {}
+    for damping in FROM_NATURAL_TO_PLAIN:
+        x = gradient if damping == math.inf else natural_gradient(fisher, gradient, damping=damping)
+        s = to_boundary(x, fisher, radius=math.sqrt(2 * BOUND))
+        with torch.no_grad():
+            damped[f"{damping:g}"] = {
+                "length": float(s.norm()),
+                "promised_gain": float(gradient @ s),
+                "kl": float(kl(theta + s)),
+                "gain": float(surrogate(theta + s)) - start,
+            }
+
+    report = trust_region_step(policy, batch, max_kl=BOUND, settings=STEP)
+    assert report.search is not None
+    step = (policy.theta.vector - theta) / report.scale
     with torch.no_grad():
         along = {
             "scale": SCALES,
@@ -171,6 +185,7 @@ def real_policy() -> dict[str, Any]:
             "quadratic_kl": [a * a * BOUND for a in SCALES],
             "gain": [float(surrogate(theta + a * step)) - start for a in SCALES],
             "linear_gain": [a * float(gradient @ step) for a in SCALES],
+            "tried": [STEP.line_search.shrink**i for i in range(report.search.tries)],
             "taken": report.scale,
         }
     return {
@@ -179,7 +194,9 @@ def real_policy() -> dict[str, Any]:
         "product_error": float((fast - by_definition).norm() / by_definition.norm()),
         "zero_eigenvalues": int((eigenvalues.abs() < 1e-12 * eigenvalues[-1]).sum()),
         "plain_gradient": improvement(gradient),
+        "eigenvalues": eigenvalues.tolist(),
         "solutions": solutions,
+        "damped": damped,
         "along_the_step": along,
     }
 
@@ -190,12 +207,12 @@ def real_policy() -> dict[str, Any]:
 def draw(numbers: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 9), dpi=110, layout="constrained")
-    (one, two), (three, four) = figure.subplots(2, 2)
-    _draw_shifts(one, numbers["shifts"])
-    _draw_paths(two, numbers["paths"])
-    _draw_cg(three, numbers["real_policy"])
-    _draw_step(four, numbers["real_policy"]["along_the_step"])
+    figure = Figure(figsize=(12, 10), dpi=110, layout="constrained")
+    (one, two), (three, four) = figure.subfigures(2, 2)
+    _draw_shifts(one.subplots(), numbers["shifts"])
+    _draw_paths(two.subplots(), numbers["paths"])
+    _draw_cg(*three.subplots(2, 1, height_ratios=[3, 1]), numbers["real_policy"])
+    _draw_step(*four.subplots(2, 1, sharex=True), numbers["real_policy"]["along_the_step"])
     figure.savefig(file)
 
 
@@ -218,38 +235,48 @@ def _draw_paths(axes: Axes, found: dict[str, Any]) -> None:
     for (name, line), (colour, style, width) in zip(found.items(), styles, strict=True):
         mean, std = zip(*line["points"], strict=True)
         axes.plot(mean, std, style, color=colour, linewidth=width, label=f"{name}: {line['last_reward']:.1g}")
+        axes.plot(mean[::10], std[::10], "o", color=colour, markersize=2 + width)
     for mean, std in next(iter(found.values()))["points"][::12]:
         axes.plot(*kl_circle(mean, std).T, color="C2", linewidth=1)
-    axes.set(title=f"2. {STEPS} steps of KL {KL}, and the reward after them", xlabel="μ", ylabel="σ")
+    axes.set(title=f"2. {STEPS} steps of KL {KL} (dots: each 10th), last reward", xlabel="μ", ylabel="σ")
     axes.legend(fontsize="small")
 
 
-def _draw_cg(axes: Axes, found: dict[str, Any]) -> None:
+def _draw_cg(axes: Axes, spectrum: Axes, found: dict[str, Any]) -> None:
+    above = [value for value in found["eigenvalues"] if value > 1e-6]
+    spectrum.vlines(above, 0, 1, color="0.4", linewidth=1)
     for i, (damping, solution) in enumerate(found["solutions"].items()):
         iterations = range(1, len(solution["by_cg"]) + 1)
         axes.plot(iterations, solution["by_cg"], marker=".", color=f"C{i}", label=f"λ = {damping}")
         axes.axhline(solution["exact"], color=f"C{i}", linewidth=1, linestyle=":")
+        spectrum.axvline(float(damping), color=f"C{i}", linewidth=2)
     axes.plot(1, found["plain_gradient"], "o", color="black", label="plain gradient")
     axes.set(
         title="3. CartPole: CG, and the exact (F + λI)⁻¹g (dotted)",
         xlabel="iterations",
         ylabel=f"improvement gᵀs at ½ sᵀFs = {BOUND}",
-        ylim=(0, None),
     )
-    axes.legend()
+    axes.legend(loc="center right")
+    spectrum.set(xscale="log", yticks=[], xlabel="eigenvalues of F above 1e-6 (grey), and each λ")
 
 
-def _draw_step(axes: Axes, found: dict[str, list[float]]) -> None:
-    axes.plot(found["scale"], found["quadratic_kl"], "--", color="C0", label="KL, quadratic: α² ½ sᵀFs")
-    axes.plot(found["scale"], found["kl"], color="C0", label="KL, true")
-    axes.axhline(BOUND, color="0.7", linewidth=1)
-    axes.set(title="4. CartPole: along the step s of an update", xlabel="α, the share of s", ylabel="KL")
-    other = axes.twinx()
-    other.plot(found["scale"], found["linear_gain"], "--", color="C3", label="improvement, linear: α gᵀs")
-    other.plot(found["scale"], found["gain"], color="C3", label="improvement, true")
-    other.set_ylabel("improvement of the surrogate")
-    lines = [*axes.get_lines()[:2], *other.get_lines()]
-    axes.legend(handles=lines, loc="upper left")
+def _draw_step(kls: Axes, gains: Axes, found: dict[str, Any]) -> None:
+    kls.plot(found["scale"], found["quadratic_kl"], "--", color="C0", label="quadratic: α² ½ sᵀFs")
+    kls.plot(found["scale"], found["kl"], color="C0", label="true")
+    kls.axhline(BOUND, color="0.5", linewidth=1, label="bound")
+    gains.plot(found["scale"], found["linear_gain"], "--", color="C3", label="linear: α gᵀs")
+    gains.plot(found["scale"], found["gain"], color="C3", label="true")
+    for scale in found["tried"]:
+        taken = scale == found["taken"]
+        for axes, curve in ((kls, found["kl"]), (gains, found["gain"])):
+            there = curve[found["scale"].index(scale)]
+            axes.plot(
+                scale, there, "o" if taken else "x", color="black", markersize=8, label="kept" if taken else "tried"
+            )
+    kls.set(title="4. CartPole: along the step s of an update", ylabel="KL", ylim=(0, 3 * BOUND))
+    gains.set(xlabel="α, the share of s", ylabel="improvement of the surrogate")
+    for axes in (kls, gains):
+        axes.legend(loc="upper left")
 
 
 def main() -> None:

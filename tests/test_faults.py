@@ -785,7 +785,7 @@ def test_too_many_broken_updates_in_a_row_end_the_run(where: str, tmp_path: Path
     original = getattr(Ordinal, method)
     with monkeypatch.context() as patch:
         patch.setattr(Ordinal, method, lambda *args: spoil(original(*args)))
-        message = rf"2 updates in a row broke down \(last: {reason}\).*{run}"
+        message = rf"2 updates in a row met NaN, infinity or negative curvature \(last: {reason}\).*{run}"
         with pytest.raises(TrainingError, match=message):
             resume(run)
     assert_finite(last_state(run))

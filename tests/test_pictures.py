@@ -77,12 +77,18 @@ def test_docs_quote_what_was_recorded() -> None:
     natural, plain, _, in_other_units = (line["last_reward"] for line in recorded["paths"].values())
     steps = len(next(iter(recorded["paths"].values()))["points"]) - 1
     real, along = recorded["real_policy"], recorded["real_policy"]["along_the_step"]
-    full, twice = along["scale"].index(1.0), along["scale"].index(2.0)
+    full, twice, taken = (along["scale"].index(scale) for scale in (1.0, 2.0, along["taken"]))
+    damped = list(real["damped"].values())
+
+    def table(key: str, form: str, count: int, *, after: int = 0) -> str:
+        return " | ".join(f"{row[key]:{form}}" for row in damped[after : after + count])
+
     weak, middle, strong = (real["solutions"][damping] for damping in ("0.01", "0.1", "1"))
     for quoted in (
         f"If σ is {narrow['std']:g}, it now does what it almost never did: the KL divergence of the two is "
         f"{narrow['kl']:.2f}. If σ is {wide['std']:g}, hardly anybody would notice: {wide['kl']:.3f}.",
-        f"after {steps} steps the expected reward is {natural:.6f}, where the plain gradient has {plain:.3f}",
+        f"After {steps} steps of the natural gradient the expected reward is {natural:.6f}, where the plain gradient "
+        f"has {plain:.3f}",
         f"swings from side to side, and gets to {in_other_units:.2f}",
         f"a policy of {real['parameters']} parameters",
         f"{real['zero_eigenvalues']} of its eigenvalues are zero",
@@ -90,11 +96,21 @@ def test_docs_quote_what_was_recorded() -> None:
         f"promises {weak['exact']:.3f} with λ = 0.01, {middle['exact']:.3f} with 0.1 and {strong['exact']:.3f} with 1",
         f"after {weak['iterations_to_0.999']}, {middle['iterations_to_0.999']} and {strong['iterations_to_0.999']}",
         f"{weak['eigenvalues_above_damping']}, {middle['eigenvalues_above_damping']} and "
-        f"{strong['eigenvalues_above_damping']} are above it",
-        f"The true KL there is {along['kl'][full]:.4f}, and the true improvement of the surrogate "
-        f"{along['gain'][full]:.3f} where the linear prediction is {along['linear_gain'][full]:.3f}.",
-        f"Twice as far the model says {along['quadratic_kl'][twice]:g} and the truth is {along['kl'][twice]:.3f}.",
+        f"{strong['eigenvalues_above_damping']} lie above it",
+        f"The true KL there is {along['kl'][full]:.4f}, and twice as far it is {along['kl'][twice]:.3f} where the "
+        f"model says {along['quadratic_kl'][twice]:g}.",
+        f"the second try passes, with a KL of {along['kl'][taken]:.4f} and an improvement of "
+        f"{along['gain'][taken]:.3f}, where the linear prediction is {along['linear_gain'][taken]:.3f}.",
+        f"| length of s | {table('length', '.1f', 3)} | {table('length', '.2f', 4, after=3)} |",
+        *(
+            f"| {name} | {table(key, '.3f', 7)} |"
+            for name, key in (
+                ("promised improvement gᵀs", "promised_gain"),
+                ("true improvement", "gain"),
+                ("true KL", "kl"),
+            )
+        ),
     ):
         assert quoted in text, quoted
-    assert along["taken"] == 1 and "Here the full step passes at once" in text
+    assert along["tried"] == [1, along["taken"]] == [1, 0.8]
     assert real["product_error"] < 2e-15

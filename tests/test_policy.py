@@ -256,7 +256,7 @@ def test_build_policy_starts_near_a_standard_policy(state_dependent: bool) -> No
 def test_only_values_between_bounds_have_no_more_than_an_initial_std(std: Any) -> None:
     """The same settings, bins by default, for actions with bounds, of which a policy has bins, and without."""
     arguments = {"generator": seeded(), "device": torch.device("cpu")}
-    with pytest.raises(ConfigError, match=r"policy.std: these actions have bounds .* set policy.bins=null"):
+    with pytest.raises(ConfigError, match=r"policy.std: these actions have bounds, .* set policy.bins=null"):
         build_policy(config(std=std), spaces.Box(-1, 1, (OBS_DIM,)), spaces.Box(-1, 1, (2,)), **arguments)
     free = build_policy(config(std=std), spaces.Box(-1, 1, (OBS_DIM,)), spaces.Box(-np.inf, np.inf, (2,)), **arguments)
     first = std if isinstance(std, float) else std.get("start", std.get("initial"))

@@ -79,7 +79,7 @@ def _looked_at(body: nn.Module, x: Tensor, name: str) -> int:
     same = all(torch.allclose(out, other, rtol=1e-4, atol=1e-5, equal_nan=True) for other in (again, apart))
     if not same or any(not torch.equal(value, before[key]) for key, value in body.state_dict().items()):
         raise ConfigError(
-            f"{name} is another function from call to call: leave out what draws random numbers (dropout), what looks "
+            f"{name} gives different outputs for the same input: leave out what draws random numbers (dropout), looks "
             "at other rows of a batch (batch normalisation), and what changes when it is called (running statistics)"
         )
     return int(out.shape[1])

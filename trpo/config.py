@@ -72,7 +72,7 @@ class WrapperConfig(Settings):
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the wrapper.")
     training_only: bool = Field(
-        False, description="Left out of evaluations, as what shapes rewards should be; spaces have to stay the same."
+        False, description="Left out of evaluations: for wrappers that shape rewards. Spaces have to stay the same."
     )
 
 
@@ -81,7 +81,8 @@ class EnvConfig(Settings):
     num_envs: int = Field(
         16,
         ge=1,
-        description="Environments stepped side by side (all processes together); an evaluation has no more at once.",
+        description="Environments stepped side by side (all processes together); also the most that an evaluation runs "
+        "at once.",
     )
     backend: Literal["auto", "gymnasium", "gymnasium-async", "mujoco", "envpool", "torch"] = Field(
         "auto",
@@ -205,7 +206,7 @@ class ValueConfig(Settings):
     fit_first: bool = Field(
         False,
         description="Fit V to a batch before its advantages are estimated, not after the policy's update: V keeps up "
-        "with the policy, but has fitted some of the noise in the returns it is compared with.",
+        "with the policy, but advantages are biased, since it has seen the returns it is compared with.",
     )
     ema_decay: float = Field(
         0.8,
@@ -256,8 +257,8 @@ class NaturalGradientConfig(Settings):
         0.2,
         ge=0,
         le=1,
-        description="Share of the run, at its end, over which the bound falls on, in a straight line, to a tenth of "
-        "`max_kl`: the last policy is the one that counts, and short steps take less of their noise into it.",
+        description="Last share of the run, over which `max_kl` is also multiplied by a factor that falls from 1 to "
+        "0.1: the last policy is the one that counts, and short steps take less of their noise into it.",
     )
     max_kl_per_dimension: bool = Field(
         True,
@@ -268,11 +269,11 @@ class NaturalGradientConfig(Settings):
     cg_iterations: int = Field(15, ge=1, description="Most CG iterations.")
     cg_tolerance: float = Field(1e-8, ge=0, lt=1, description="Stop when ‖residual‖ ≤ tolerance · ‖g‖.")
     preconditioner: Literal["kronecker"] | None = Field(
-        None, description="Preconditioner of CG: `kronecker` comes as near F⁻¹g with far fewer products."
+        None, description="Preconditioner of CG: `kronecker` comes as near (F + λI)⁻¹g with far fewer products."
     )
     line_search: LineSearchConfig = LineSearchConfig()
     abort_after: int = Field(
-        10, ge=1, description="Consecutive updates lost to arithmetic that broke down after which training gives up."
+        10, ge=1, description="Updates in a row with NaN, infinity or negative curvature after which training gives up."
     )
     fisher_subsample: float = Field(1.0, gt=0, le=1, description="Share of the batch used for Fisher products only.")
 

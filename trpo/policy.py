@@ -366,8 +366,8 @@ def _initial_std(settings: PolicyConfig) -> float:
     if isinstance(std, LearnedStdConfig) and std.model_copy(update={"initial": default.initial}) == default:
         return std.initial
     raise ConfigError(
-        "policy.std: these actions have bounds and take values in policy.bins, whose σ has no setting but "
-        "policy.std.initial; set policy.bins=null for a Gaussian policy, or leave the rest of policy.std out"
+        "policy.std: these actions have bounds, so the policy uses policy.bins, for which only policy.std.initial "
+        "counts; set policy.bins=null for a Gaussian policy, or leave the rest of policy.std out"
     )
 
 

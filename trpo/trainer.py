@@ -376,9 +376,10 @@ class Trainer:
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if step.numerics_failed else 0
         if self.nonfinite_in_a_row >= self.config.natural_gradient.abort_after:
             self._save_checkpoint()  # none of these updates moved the policy, so that what came before is all there
+            met = f"{self.nonfinite_in_a_row} updates in a row met NaN, infinity or negative curvature"
             raise TrainingError(
-                f"the numerics of {self.nonfinite_in_a_row} updates in a row broke down (last: {step.reason}); try a "
-                f"smaller max_kl or learning rate, or dtype float64, with --resume {self.run.path} --set KEY=VALUE"
+                f"{met} (last: {step.reason}); try a smaller max_kl or learning rate, or dtype float64, with --resume "
+                f"{self.run.path} --set KEY=VALUE"
             )
 
     def _periodic(self, previous_steps: int) -> None:

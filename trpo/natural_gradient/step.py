@@ -150,10 +150,11 @@ def trust_region_step(
     )
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
-    # Later on it is rounding, of a system solved as well as its digits allow: x is good.
+    # After the first iteration it is rounding only, of a system solved as exactly as its digits allow: x is good.
     if cg.status is CGStatus.NONPOSITIVE_CURVATURE and cg.iterations == 0:
         return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
-    # xᵀFx without another product: Fx = g − residual − λx. Unless λ was all there was, and the difference is rounding.
+    # xᵀFx, without λ: damping turns the step and does not shorten it. It takes no product, Fx = g − residual − λx,
+    # unless λ was all there was, and the difference is rounding.
     fx = gradient - cg.residual - settings.damping * cg.x
     curvature, slope, norm = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient), cg.x.norm()]).tolist()
     if curvature < 1e-3 * slope:
