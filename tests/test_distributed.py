@@ -326,7 +326,9 @@ def test_where_one_process_fails_the_other_says_so_in_one_line(tmp_path: Path) -
     train = command("train.py", "--root", tmp_path, "--env", "faulty_envs:Faulty-v0", *arguments)
     leader, other = in_two_processes(train, status=2, PYTHONPATH=str(Path(__file__).parent))
     assert "raised ZeroDivisionError: pole at zero" in one_line(other)
-    assert one_line(leader) == "error: another process of this run has ended or hangs; what it said tells why"
+    assert one_line(leader).startswith(
+        "error: another process of this run has ended or hangs; what it said tells why ("
+    )
 
 
 def test_without_a_launcher_the_group_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

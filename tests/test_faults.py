@@ -148,7 +148,7 @@ def test_auto_takes_the_newest_valid_checkpoint_of_the_newest_run_that_has_one(
     arguments = ("--config", undisturbed / "config.yaml", "--root", root, "--resume", "auto")
     outcome = run_script("train.py", *arguments, capture=capsys, patch=monkeypatch)
     assert outcome.status == 0 and outcome.err == ""
-    said = f"warning: skipped a damaged checkpoint: cannot load checkpoint {newest}"
+    said = f"warning: skipped a damaged checkpoint: cannot load {newest}"
     assert said in outcome.out and said in (newer / "log.txt").read_text()
     assert_same_run(undisturbed, newer)
     assert len(checkpoint_paths(older / "checkpoints")) == 1 and not (older / "final").exists()

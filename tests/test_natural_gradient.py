@@ -30,6 +30,7 @@ from torch import Tensor
 from trpo.batch import Batch
 from trpo.distributions import Categorical
 from trpo.natural_gradient import (
+    CGSolution,
     CGStatus,
     KroneckerPreconditioner,
     Outcome,
@@ -319,6 +320,16 @@ def test_a_system_that_is_solved_to_rounding_is_solved() -> None:
     report = trust_region_step(policy, batch, max_kl=MAX_KL, settings=options)
     assert report.cg.status is CGStatus.NONPOSITIVE_CURVATURE and report.cg.iterations >= 12
     assert report.accepted and report.expected_gain / report.scale == pytest.approx(expected, rel=1e-4)  # of float32
+
+
+def test_what_cg_has_when_it_breaks_down_far_from_a_solution_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(product: object, b: Tensor, **options: object) -> CGSolution:
+        return CGSolution(b, 0.5 * b, 0.5, 3, CGStatus.NONPOSITIVE_CURVATURE, torch.ones(3, dtype=F64))
+
+    monkeypatch.setattr("trpo.natural_gradient.step.conjugate_gradient", broken)
+    policy = make_policy()
+    report = refused(policy, make_batch(policy))
+    assert report.outcome is Outcome.NONPOSITIVE_CURVATURE and report.numerics_failed
 
 
 def test_a_gradient_whose_square_is_below_all_numbers_is_none() -> None:

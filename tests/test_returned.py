@@ -57,6 +57,10 @@ def test_what_a_space_contains_is_flattened_as_gymnasium_does_it(space: Space[An
         (Box(-1, 1, (2, 2), np.float32), np.full((2, 2), 0.5)),  # of a larger float
         (Box(-1, 1, (2, 2), np.float32), np.full((2, 2), 7, np.float32)),  # out of bounds
         (Discrete(3, start=2), 4),
+        (PICTURE, np.full((4, 6, 1), 7)),  # integers, of whatever size, that are the same in eight bits
+        (Box(0, 5, (2, 2), np.uint8), [[1, 2], [3, 0]]),
+        (Tuple([Discrete(3), Discrete(3)]), np.array([1, 2])),
+        (MultiBinary(2), np.array([True, False])),
         (Dict({"a": Box(-1, 1, (), np.float32)}), {"a": 0.5}),
     ],
 )
@@ -75,7 +79,10 @@ def test_what_loses_nothing_is_taken(space: Space[Any], given: Any) -> None:
             "float64[4, 6, 1] as its observation, its observation_space says uint8[4, 6",
         ),
         (PICTURE, np.full((4, 6, 1), np.nan, np.float32), "float32[4, 6, 1] as its observation"),
-        (PICTURE, np.zeros((4, 6, 1), np.int64), "int64[4, 6, 1] as its observation"),
+        (PICTURE, np.full((4, 6, 1), 300), "int64[4, 6, 1] as its observation"),
+        (PICTURE, np.full((4, 6, 1), -1, np.int8), "int8[4, 6, 1] as its observation"),
+        (Box(-9, 9, (1, 1), np.int32), np.array([[2**40]]), "int64[1, 1] as its observation"),
+        (Box(0, 1, (2, 2), np.uint8), [[0, 1], [1]], "a list as its observation"),
         (PICTURE, np.zeros((1, 4, 6), np.uint8), "uint8[1, 4, 6] as its observation"),
         (PICTURE, None, "None as its observation"),
         (Discrete(3), -1, "-1 as its observation, its observation_space says Discrete(3)"),
@@ -134,7 +141,7 @@ def test_a_truth_value_is_a_flag(value: Any) -> None:
     assert flag(value, "terminated") is bool(value)
 
 
-@pytest.mark.parametrize("value", [None, "no", 0.0, [True], np.array([True]), {}])
+@pytest.mark.parametrize("value", [None, "no", 0.0, [True], np.array([True]), np.array("no"), np.array(np.nan), {}])
 def test_anything_else_is_none(value: Any) -> None:
     with pytest.raises(ReturnError, match="as terminated: return True or False"):
         flag(value, "terminated")

@@ -98,12 +98,12 @@ class Collector:
                 if step.success is not None:
                     success.copy_(step.success)
                 obs = step.reset_obs
+            _check_finite(out)
         except BaseException:  # who goes on all the same has episodes of which a part was counted nowhere
             self._left_out.fill_(True)
             raise
         finally:
             self.obs.copy_(obs)
-        _check_finite(out)
         return out, self._episodes(out)
 
     def changed_actions(self, rollout: Rollout) -> float:

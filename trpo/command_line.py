@@ -43,9 +43,10 @@ def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: Tra
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, trace)
+        _before(kind, error, trace)
 
 
+_before = sys.excepthook
 # Ctrl-C while a command still imports what it needs, which takes seconds: commands import this module first of all.
 sys.excepthook = _quiet_interrupt
 

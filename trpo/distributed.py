@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trpo.errors import TrainingError
+from trpo.errors import TrainingError, gist
 from trpo.reduction import AllSum, one_process
 
 CPU = torch.device("cpu")
@@ -86,8 +86,11 @@ class Group:
 def _if_all_are_there() -> Iterator[None]:
     try:
         yield
+    except (NotImplementedError, RecursionError):
+        raise
     except RuntimeError as error:  # the backend's, of closed connections and timeouts
-        raise TrainingError("another process of this run has ended or hangs; what it said tells why") from error
+        problem = "another process of this run has ended or hangs; what it said tells why"
+        raise TrainingError(f"{problem} ({gist(error)})") from error
 
 
 def join_group(device: torch.device) -> Group:

@@ -58,7 +58,7 @@ def raised(error: BaseException) -> str:
 def _is_installed(file: str) -> bool:
     """Whether it is Python's, a package's or this one's, and so not the place where a user would look."""
     theirs = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), os.path.dirname(__file__))
-    return file.startswith((*theirs, "<"))
+    return file.startswith((*(os.path.join(folder, "") for folder in theirs), "<frozen "))
 
 
 def imported(name: str, *, key: str, kind: type[UserError]) -> Any:
@@ -68,7 +68,7 @@ def imported(name: str, *, key: str, kind: type[UserError]) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise kind(f"{key}: {name!r} cannot be imported: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of modules that give up with `sys.exit`
         raise kind(f"{key}: {name!r} cannot be imported: {raised(error)}") from error
 
 

@@ -99,13 +99,17 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
         raise UserError(f"nothing to plot: {metric} has no value in {curves[0].source}{other}")
     figure = draw(longest_per_seed(told_apart(measured)), metric)
     image = io.BytesIO()
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         figure.savefig(image, format=output.suffix.removeprefix(".") or "png")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        file = output.resolve()  # where a link leads
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+        if file.exists() and not file.is_file():  # a pipe, say, or a folder, which refuses
+            file.write_bytes(image.getvalue())
+            return
         try:
             partial.write_bytes(image.getvalue())
-            os.replace(partial, output)  # an image that was there is whole until this one is
+            os.replace(partial, file)  # an image that was there is whole until this one is
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:

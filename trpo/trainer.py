@@ -261,7 +261,7 @@ class Trainer:
         except Exception as error:
             if self.writer is not None:
                 self.writer.failure(error)
-                if isinstance(error, EnvError) and checkpoint_paths(self.run.checkpoints):
+                if (isinstance(error, EnvError) or self.group.size > 1) and checkpoint_paths(self.run.checkpoints):
                     path = self.run.path
                     self._say(f"go on from the newest checkpoint with --resume {path}; its log.txt has the traceback")
             raise
@@ -338,7 +338,7 @@ class Trainer:
             return False
         with self._saved_on(Exception):
             answer = self.on_update(self, report)
-            if not isinstance(answer, bool | np.bool | None):
+            if not isinstance(answer, bool | np.bool_ | None):
                 raise TypeError(f"on_update returned {answer!r}: True stops the run, False or None lets it go on")
         return bool(answer)
 

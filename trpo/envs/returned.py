@@ -14,10 +14,12 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
 from gymnasium.spaces.utils import flatten, flatten_space
+from gymnasium.utils import RecordConstructorArgs
 
 from trpo.envs.spaces import Array
 
 SUCCESS_KEYS = ("is_success", "success")  # Gymnasium-Robotics' and stable-baselines3's, Meta-World's
+_FLAGS = (bool, int, np.bool_, np.integer)
 SCALAR_KINDS = "biuf"  # bool, integers, float
 
 
@@ -25,10 +27,11 @@ class ReturnError(Exception):
     """An environment returned what it must not; the text goes on from `environment 3, step 5 of its episode,`."""
 
 
-class Flattened(gymnasium.ObservationWrapper[Any, Any, Any]):
+class Flattened(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
     """Observations as flat rows, as `gymnasium.wrappers.FlattenObservation` makes them, of none but those promised."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]):
+        RecordConstructorArgs.__init__(self)
         super().__init__(env)
         self._space: Space[Any] = env.observation_space
         self.observation_space = flatten_space(self._space)
@@ -50,7 +53,7 @@ def flat_observation(obs: Any, space: Box) -> Array:
 
 def scalar_reward(reward: Any) -> float:
     if isinstance(reward, float | int):
-        return reward
+        return float(reward)  # a plain one, of numpy's too
     if isinstance(reward, np.generic | np.ndarray) and reward.ndim == 0 and reward.dtype.kind in SCALAR_KINDS:
         return float(reward)
     raise ReturnError(f"returned {_kind(reward)} as its reward: return a scalar, such as float(reward)")
@@ -58,7 +61,7 @@ def scalar_reward(reward: Any) -> float:
 
 def flag(value: Any, name: str) -> bool:
     """`terminated` or `truncated`."""
-    if isinstance(value, bool | int | np.bool | np.integer) or (isinstance(value, np.ndarray) and value.ndim == 0):
+    if isinstance(value, _FLAGS) or (isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "biu"):
         return bool(value)
     raise ReturnError(f"returned {_kind(value)} as {name}: return True or False")
 
@@ -86,7 +89,7 @@ def _number(given: Any) -> float:
 
 
 def _check(obs: Any, space: Space[Any], part: str) -> None:
-    """Raises `ReturnError` unless `obs` is of `space`, for bounds of a Box and sizes of float aside.
+    """Raises `ReturnError` unless `obs` is of `space`, or can be without a number changed; bounds of a Box aside.
 
     `part`: where in the whole observation, as `['camera'][0]`.
     """
@@ -97,7 +100,7 @@ def _check(obs: Any, space: Space[Any], part: str) -> None:
         for key, inner in space.spaces.items():
             _check(obs[key], inner, f"{part}[{key!r}]")
     elif isinstance(space, Tuple):
-        if not isinstance(obs, tuple | list) or len(obs) != len(space.spaces):
+        if not isinstance(obs, tuple | list | np.ndarray) or len(obs) != len(space.spaces):
             raise _unlike(_kind(obs), part, f"a tuple of {len(space.spaces)}")
         for i, inner in enumerate(space.spaces):
             _check(obs[i], inner, f"{part}[{i}]")
@@ -107,16 +110,31 @@ def _check(obs: Any, space: Space[Any], part: str) -> None:
 
 def _check_array(obs: Any, space: Space[Any], part: str) -> None:
     assert isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary)
+    if isinstance(space, Discrete) and isinstance(obs, int | np.integer):
+        if not space.start <= obs < space.start + space.n:
+            raise _unlike(str(obs), part, str(space))
+        return
     dtype = np.dtype(space.dtype)
-    array = np.asarray(obs)
-    # Same kind: no float in place of an integer, no sign lost. A float of another size is rounded, as everywhere.
-    if array.shape != space.shape or not np.can_cast(array.dtype, dtype, "same_kind"):
+    try:
+        array = np.asarray(obs)
+    except ValueError:  # lists of different lengths
+        raise _unlike(_kind(obs), part, f"{dtype}{list(space.shape or ())}") from None
+    if array.shape != space.shape or not _keeps(array, dtype):
         raise _unlike(_kind(obs), part, f"{dtype}{list(space.shape or ())}")
     if isinstance(space, Box):
         return
     lowest, count = (0, 2) if isinstance(space, MultiBinary) else (space.start, _categories(space))
     if not np.all((lowest <= array) & (array < lowest + count)):
         raise _unlike(f"{array.tolist()}", part, str(space))
+
+
+def _keeps(array: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether all numbers are the same in `dtype`, but for the rounding of floats."""
+    if np.can_cast(array.dtype, dtype, "safe"):
+        return True
+    if dtype.kind == "f":
+        return array.dtype.kind in SCALAR_KINDS
+    return array.dtype.kind in "biu" and bool(np.array_equal(array.astype(dtype), array))
 
 
 def _categories(space: Discrete | MultiDiscrete) -> Any:
@@ -134,4 +152,7 @@ def _unlike(given: str, part: str, expected: str) -> ReturnError:
 def _kind(value: Any) -> str:
     if isinstance(value, np.ndarray | np.generic):
         return f"{value.dtype}{list(value.shape)}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"

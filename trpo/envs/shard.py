@@ -22,7 +22,7 @@ from gymnasium.spaces import Box, Space
 from trpo.config import EnvConfig
 from trpo.envs.replay import EpisodeLog, ReplayError, begin, needs_fresh_environment, random_state, replay
 from trpo.envs.returned import flag, flat_observation, scalar_reward, success_of
-from trpo.envs.single import failure, make_single_env, told
+from trpo.envs.single import failure, make_single_env
 from trpo.envs.spaces import ActionEncoding, Array, row_space
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.errors import EnvError
@@ -196,7 +196,7 @@ class EnvShard:
             except EnvError:
                 raise
             except (Exception, SystemExit) as error:
-                return f"environment {self._first + i} raised {told(error)} while its episode was replayed"
+                return f"{failure(f'environment {self._first + i}', error)} while its episode was replayed"
             self._buffers.reset_obs[i] = obs
             self._episode_steps[i] = len(state["actions"])
             self._seeds[i] = None

@@ -150,8 +150,8 @@ def trust_region_step(
     )
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
-    # After the first iteration it is rounding only, of a system solved as exactly as its digits allow: x is good.
-    if cg.status is CGStatus.NONPOSITIVE_CURVATURE and cg.iterations == 0:
+    # Of a system that is all but solved it is rounding: x is as exact as its digits allow.
+    if cg.status is CGStatus.NONPOSITIVE_CURVATURE and not cg.relative_residual < 0.01:
         return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
     # xᵀFx, without λ: damping turns the step and does not shorten it. It takes no product, Fx = g − residual − λx,
     # unless λ was all there was, and the difference is rounding.
