@@ -77,7 +77,7 @@ def _parse() -> argparse.Namespace:
     learn.add_argument("--out", metavar="DIR", help="results and tables (default: benchmarks/learning[-AGENT])")
     learn.add_argument("--root", default="runs/benchmark", metavar="DIR", help="run directories")
     learn.add_argument("--configs", default="configs", metavar="DIR")
-    learn.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    learn.add_changes("change a setting of every run")
     speed = commands.add_parser("speed", help="times of update and training beside other implementations")
     speed.add_argument(
         "--rounds", type=at_least(1), default=Extent.rounds, help="of all measurements (default: %(default)s)"

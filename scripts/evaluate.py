@@ -65,13 +65,7 @@ def _parse() -> argparse.Namespace:
     show.add_argument("--render", action="store_true", help="show the episodes in a window, one after the other")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--env", metavar="ID", help="another environment than the policy's own, as Gymnasium makes it")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting under env or evaluation, such as env.kwargs.difficulty=5; may be repeated",
-    )
+    parser.add_changes("change a setting under env or evaluation, such as env.kwargs.difficulty=5")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or auto (default: %(default)s)")
     return parser.parse_args()
 

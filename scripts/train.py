@@ -52,9 +52,7 @@ def _python() -> str:
 def _parse() -> argparse.Namespace:
     parser = CommandParser(description="Train a policy with TRPO.")
     parser.add_argument("--config", metavar="FILE", help="YAML file, e.g. configs/pendulum.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated"
-    )
+    parser.add_changes("change a setting")
     parser.add_argument(
         "--env", metavar="ID", help="train this environment: in place of the file's, or with all defaults"
     )

@@ -46,6 +46,7 @@ LAYERS = (
         "state_tree",
         "strict_yaml",
         "timers",
+        "whole_file",
     },
     {"envs", "plotting", "policy", "run_directory", "value", "video"},
     {"agent", "collector", "diagnostics", "evaluation", "remarks", "saved_policy"},

@@ -27,6 +27,10 @@ class CommandParser(argparse.ArgumentParser):
             "--trust-code", action="store_true", help="let the policy's settings name modules to import and thereby run"
         )
 
+    def add_changes(self, what: str) -> None:
+        """`--set KEY=VALUE`, which may be repeated, as a list."""
+        self.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"{what}; may be repeated")
+
 
 def at_least(least: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number from `least` up."""

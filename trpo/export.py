@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import UserError
 from trpo.saved_policy import SavedPolicy
+from trpo.whole_file import whole_file
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECK_SIZES = (1, 5, 64)  # batch sizes of the round trip
@@ -37,19 +37,14 @@ def export_onnx(saved: SavedPolicy, path: Path) -> None:
         UserError: a package is missing, the file cannot be written, or the model does not act as the policy does.
     """
     _check_packages()
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(saved, partial)
-        problem = _difference(saved, partial.read_bytes())
-        if problem:
-            raise UserError(f"not exported: the ONNX model does not act as the policy does ({problem})")
-        os.replace(partial, path)
+        with whole_file(path) as file:
+            _write(saved, file)
+            problem = _difference(saved, file.read_bytes())
+            if problem:
+                raise UserError(f"not exported: the ONNX model does not act as the policy does ({problem})")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 class ActingPolicy(nn.Module):

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import math
-import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from trpo.errors import UserError, did_you_mean, nearest_path
 from trpo.metric_files import read_table
 from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
 from trpo.seed_statistics import Array, bootstrap_interval
+from trpo.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,17 +101,12 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
     image = io.BytesIO()
     try:
         figure.savefig(image, format=output.suffix.removeprefix(".") or "png")
-        file = output.resolve()  # where a link leads
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-        if file.exists() and not file.is_file():  # a pipe, say, or a folder, which refuses
-            file.write_bytes(image.getvalue())
+        target = output.resolve()  # where a link leads
+        if target.exists() and not target.is_file():  # a pipe, say, or a folder, which refuses
+            target.write_bytes(image.getvalue())
             return
-        try:
-            partial.write_bytes(image.getvalue())
-            os.replace(partial, file)  # an image that was there is whole until this one is
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(target) as file:
+            file.write_bytes(image.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {output}: {error}") from error
 

@@ -10,7 +10,7 @@ import numpy as np
 from trpo.config import EnvConfig
 from trpo.envs.mujoco_batch import DifferentNumbers, NotHere, Simulations
 from trpo.envs.shard import EnvShard
-from trpo.envs.single import told
+from trpo.envs.single import failure
 from trpo.errors import EnvError
 
 _TOLD_AFTER = 256  # steps: a log is told faster of many at once
@@ -58,7 +58,7 @@ class MujocoShard(EnvShard):
             raise
         except Exception as error:
             i = int(getattr(error, "ids", [0])[0])
-            raise EnvError(f"{self._where(i)} raised {told(error)}") from error
+            raise failure(self._where(i), error) from error
         limits = np.minimum(self._cut_after, self._simulations.time_limit)
         np.greater_equal(self._episode_steps, limits, out=buffers.truncated)
 

@@ -20,7 +20,7 @@ from trpo.envs.spaces import Array
 
 SUCCESS_KEYS = ("is_success", "success")  # Gymnasium-Robotics' and stable-baselines3's, Meta-World's
 _FLAGS = (bool, int, np.bool_, np.integer)
-SCALAR_KINDS = "biuf"  # bool, integers, float
+_SCALAR_KINDS = "biuf"  # bool, integers, float
 
 
 class ReturnError(Exception):
@@ -52,9 +52,9 @@ def flat_observation(obs: Any, space: Box) -> Array:
 
 
 def scalar_reward(reward: Any) -> float:
-    if isinstance(reward, float | int):
-        return float(reward)  # a plain one, of numpy's too
-    if isinstance(reward, np.generic | np.ndarray) and reward.ndim == 0 and reward.dtype.kind in SCALAR_KINDS:
+    if isinstance(reward, float | int) or (
+        isinstance(reward, np.generic | np.ndarray) and reward.ndim == 0 and reward.dtype.kind in _SCALAR_KINDS
+    ):
         return float(reward)
     raise ReturnError(f"returned {_kind(reward)} as its reward: return a scalar, such as float(reward)")
 
@@ -117,13 +117,15 @@ def _check_array(obs: Any, space: Space[Any], part: str) -> None:
     dtype = np.dtype(space.dtype)
     try:
         array = np.asarray(obs)
+        fits = array.shape == space.shape and _keeps(array, dtype)
     except ValueError:  # lists of different lengths
-        raise _unlike(_kind(obs), part, f"{dtype}{list(space.shape or ())}") from None
-    if array.shape != space.shape or not _keeps(array, dtype):
+        fits = False
+    if not fits:
         raise _unlike(_kind(obs), part, f"{dtype}{list(space.shape or ())}")
     if isinstance(space, Box):
         return
-    lowest, count = (0, 2) if isinstance(space, MultiBinary) else (space.start, _categories(space))
+    lowest: Any = 0 if isinstance(space, MultiBinary) else space.start
+    count: Any = space.n if isinstance(space, Discrete) else 2 if isinstance(space, MultiBinary) else space.nvec
     if not np.all((lowest <= array) & (array < lowest + count)):
         raise _unlike(f"{array.tolist()}", part, str(space))
 
@@ -133,12 +135,8 @@ def _keeps(array: Array, dtype: np.dtype[Any]) -> bool:
     if np.can_cast(array.dtype, dtype, "safe"):
         return True
     if dtype.kind == "f":
-        return array.dtype.kind in SCALAR_KINDS
+        return array.dtype.kind in _SCALAR_KINDS
     return array.dtype.kind in "biu" and bool(np.array_equal(array.astype(dtype), array))
-
-
-def _categories(space: Discrete | MultiDiscrete) -> Any:
-    return space.n if isinstance(space, Discrete) else space.nvec
 
 
 def _unlike(given: str, part: str, expected: str) -> ReturnError:

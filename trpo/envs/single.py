@@ -43,10 +43,10 @@ def failure(where: str, error: BaseException) -> EnvError:
     """What went wrong with an environment, `where` it did."""
     if isinstance(error, ReturnError):
         return EnvError(f"{where} {error}")
-    return EnvError(f"{where} raised {told(error)}")
+    return EnvError(f"{where} raised {_told(error)}")
 
 
-def told(error: BaseException) -> str:
+def _told(error: BaseException) -> str:
     """What an environment raised, and where."""
     text, line = raised(error), str(traceback.extract_tb(error.__traceback__)[-1].line)
     if "values to unpack" in str(error) and ("env.reset(" in line or "env.step(" in line):
@@ -99,7 +99,7 @@ def _failure(config: EnvConfig, error: BaseException) -> str:
     module, colon, _ = config.id.partition(":")
     if colon and isinstance(error, ImportError):
         return f"env.id: the module {module!r} of {config.id!r} cannot be imported: {error}"
-    return f"{config.id} cannot be built with env.kwargs {config.kwargs}: {told(error)}"
+    return f"{config.id} cannot be built with env.kwargs {config.kwargs}: {_told(error)}"
 
 
 def _wrap(env: gymnasium.Env[Any, Any], wrapper: WrapperConfig, key: str) -> gymnasium.Env[Any, Any]:
@@ -107,7 +107,7 @@ def _wrap(env: gymnasium.Env[Any, Any], wrapper: WrapperConfig, key: str) -> gym
     try:
         wrapped = factory(env, **wrapper.kwargs)
     except (Exception, SystemExit) as error:
-        raise EnvError(f"{key}: {wrapper.name} cannot be built with kwargs {wrapper.kwargs}: {told(error)}") from error
+        raise EnvError(f"{key}: {wrapper.name} cannot be built with kwargs {wrapper.kwargs}: {_told(error)}") from error
     if not isinstance(wrapped, gymnasium.Env):
         raise EnvError(f"{key}.name: {wrapper.name} gave a {type(wrapped).__name__}, not a gymnasium.Env")
     return wrapped

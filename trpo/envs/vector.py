@@ -15,7 +15,7 @@ from trpo.envs.contract import Step
 from trpo.envs.gymnasium import as_step, native_actions
 from trpo.envs.returned import SUCCESS_KEYS, ReturnError, success_of
 from trpo.envs.shard import EnvSpaces, StepBuffers
-from trpo.envs.single import failure, told
+from trpo.envs.single import failure
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
 from trpo.errors import EnvError
 
@@ -73,7 +73,7 @@ class VectorEnvAdapter:
         try:
             obs, reward, terminated, truncated, infos = self._env.step(self._encoding.batched(native))
         except Exception as error:
-            raise EnvError(f"the vector environment, after {self._steps} steps, raised {told(error)}") from error
+            raise failure(f"the vector environment, after {self._steps} steps,", error) from error
         self._steps += 1
         for target, values in (
             (buffers.reward, reward),
