@@ -406,6 +406,20 @@ def test_an_overflowing_step_without_search_is_never_left_in_place() -> None:
     assert report.outcome is Outcome.NONFINITE_STEP and report.reason == "non-finite surrogate or KL"
 
 
+def test_the_outcomes_are_those_produced_in_this_file() -> None:
+    """A new outcome needs a test of its own in this file."""
+    assert set(Outcome) == {
+        Outcome.ACCEPTED,
+        Outcome.ZERO_GRADIENT,
+        Outcome.NONFINITE_GRADIENT,
+        Outcome.NONFINITE_PRODUCT,
+        Outcome.NONPOSITIVE_CURVATURE,
+        Outcome.NO_CURVATURE,
+        Outcome.NO_CANDIDATE,
+        Outcome.NONFINITE_STEP,
+    }
+
+
 def test_a_step_draws_no_random_number_and_leaves_the_batch_alone() -> None:
     policy = make_policy()
     batch, state = make_batch(policy), torch.get_rng_state()
