@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/pendulum.yaml
 ARGS   ?=
 
-.PHONY: setup train test slow lint types check lock settings clean
+.PHONY: setup train test slow lint types check lock lowest settings clean
 
 setup: $(VENV)/.ready
 
@@ -45,6 +45,14 @@ lock:  ## new versions into requirements.lock; torch stays pinned by hand (see C
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 	  --extra all --extra dev --constraint build/lock/constraints.txt --output-file build/lock/lock.txt pyproject.toml
 	sed -e '/^trpo/d' -e '/^#/d' -e '/^$$/d' -e 's/^torch==.*/torch==2.13.0/' build/lock/lock.txt > requirements.lock
+
+lowest:  ## the tests with the oldest versions that pyproject.toml allows; of torch, whatever build pip finds
+	$(PYTHON) -m venv build/lowest
+	sed -n '/^dependencies/,/^all = /{/^envpool\|^peers/!p}' pyproject.toml | grep -o '"[A-Za-z0-9-]*>=[0-9.]*' \
+	  | sed -e 's/"//' -e 's/>=/==/' | sort -u > build/lowest/versions.txt
+	build/lowest/bin/pip install --quiet --requirement build/lowest/versions.txt
+	build/lowest/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	build/lowest/bin/python -m pytest -W default $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info trpo/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

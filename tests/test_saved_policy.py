@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -27,11 +28,12 @@ SPACES: dict[str, spaces.Space[Any]] = {
     "box": spaces.Box(np.float32([[-0.5, -np.inf], [-0.2, 0.1]]), np.float32([[0.5, 0.3], [np.inf, 0.4]])),
     "box_float64": spaces.Box(np.array([0.1, -1.0]), np.array([0.3, 1.0]), dtype=np.float64),
     "discrete": spaces.Discrete(4, start=-2),
-    "discrete_int32": spaces.Discrete(3, dtype=np.int32),
     "multi_discrete": spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[1, 0], [-3, 7]]),
     "multi_binary": spaces.MultiBinary([2, 3]),
     "multi_binary_flat": spaces.MultiBinary(4),
 }
+if "dtype" in inspect.signature(spaces.Discrete).parameters:  # not yet in the oldest Gymnasium
+    SPACES["discrete_int32"] = spaces.Discrete(3, dtype=np.int32)
 
 
 def saved(path: Path, space: str, **changes: Any) -> SavedPolicy:

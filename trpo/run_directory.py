@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from trpo import native
 from trpo.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
 from trpo.config import Config
@@ -241,7 +243,8 @@ def _meta(config: Config, started: datetime) -> dict[str, Any]:
         "started": started.isoformat(timespec="seconds"),
         "command": sys.argv,
         "device": str(training_device(config)),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        # torch itself also says which build it is.
+        "versions": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "native": native.available(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -255,7 +255,9 @@ def decode_space(data: dict[str, Any]) -> spaces.Space[Any]:
         case "Box":
             return spaces.Box(data["low"], data["high"], dtype=np.dtype(data["dtype"]).type)
         case "Discrete":
-            return spaces.Discrete(data["n"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
+            # The dtype of a Discrete is an argument of newer releases only; before, it was always this one.
+            dtype = {} if data["dtype"] == "int64" else {"dtype": np.dtype(data["dtype"]).type}
+            return spaces.Discrete(data["n"], start=data["start"], **dtype)
         case "MultiDiscrete":
             return spaces.MultiDiscrete(data["nvec"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
         case "MultiBinary":

@@ -1,4 +1,4 @@
-"""What the collector asks of an environment backend: `BatchEnv` and `Step`.
+"""What the collector asks of an environment backend, `BatchEnv` and `Step`, and what backends do in the same way.
 
 The collector sees no autoreset mode. Whatever a backend does at an episode's end, its adapter settles it here, so that
 `next_obs` is always the true successor and `reset_obs` what to act on next.
@@ -6,12 +6,19 @@ The collector sees no autoreset mode. Whatever a backend does at an episode's en
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
 
 import torch
 from gymnasium.spaces import Box, Space
 from torch import Tensor
+
+from trpo.envs.spaces import ActionEncoding, Array
+from trpo.envs.step_buffers import StepBuffers
+from trpo.errors import EnvError
+
+NEW_EPISODES = "{}; the run goes on with new episodes"  # why, from a backend that could not go on with the old ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,11 @@ class Step:
     truncated: Tensor  # [N] bool, time limit or cut: the value beyond is V(next_obs)
     valid: Tensor  # [N] bool, False where the row is no transition: a reset, or lost with its worker
     success: Tensor | None = None  # [N] float, where an episode ended and reported it (`returned.success_of`), else NaN
+
+    @classmethod
+    def over(cls, buffers: StepBuffers) -> Self:
+        """The buffers as tensors, without a copy: what is written to the arrays later shows in the tensors."""
+        return cls(**{field.name: torch.from_numpy(getattr(buffers, field.name)) for field in fields(cls)})
 
 
 class BatchEnv(Protocol):
@@ -55,3 +67,19 @@ class BatchEnv(Protocol):
 
     def close(self) -> None:
         """Frees everything; may be called twice."""
+
+
+def native_actions(encoding: ActionEncoding, action: Tensor, num_envs: int) -> Array:
+    """The policy's actions [N, A] as native rows; `EnvError` if they are not N rows of A finite numbers."""
+    if action.shape[0] != num_envs:
+        raise EnvError(f"action has shape {tuple(action.shape)}; {num_envs} environments take [{num_envs}, A]")
+    return encoding.native(action.detach().cpu().numpy())
+
+
+def check_env_count(states: Sequence[Any], num_envs: int) -> None:
+    """Raises `EnvError` if a state is for another number of environments."""
+    if len(states) != num_envs:
+        raise EnvError(
+            f"the state holds {len(states)} environments, this run has {num_envs}: "
+            f"resume with env.num_envs and the number of processes of the run that wrote it"
+        )

@@ -10,43 +10,11 @@ import torch
 from torch import Tensor
 
 from trpo.config import EnvConfig
-from trpo.envs.contract import Step
+from trpo.envs.contract import NEW_EPISODES, Step, check_env_count, native_actions
 from trpo.envs.mujoco import MujocoShard
-from trpo.envs.shard import EnvShard, StepBuffers
-from trpo.envs.spaces import ActionEncoding, Array
-from trpo.errors import EnvError
-
-
-def as_step(buffers: StepBuffers) -> Step:
-    """The buffers as tensors, without a copy: what is written to the arrays later shows in the tensors."""
-    return Step(
-        next_obs=torch.from_numpy(buffers.next_obs),
-        reset_obs=torch.from_numpy(buffers.reset_obs),
-        reward=torch.from_numpy(buffers.reward),
-        terminated=torch.from_numpy(buffers.terminated),
-        truncated=torch.from_numpy(buffers.truncated),
-        valid=torch.from_numpy(buffers.valid),
-        success=torch.from_numpy(buffers.success),
-    )
-
-
-def native_actions(encoding: ActionEncoding, action: Tensor, num_envs: int) -> Array:
-    """The policy's actions [N, A] as native rows; `EnvError` if they are not N rows of A finite numbers."""
-    if action.shape[0] != num_envs:
-        raise EnvError(f"action has shape {tuple(action.shape)}; {num_envs} environments take [{num_envs}, A]")
-    return encoding.native(action.detach().cpu().numpy())
-
-
-def check_env_count(states: Sequence[Any], num_envs: int) -> None:
-    """Raises `EnvError` if a state is for another number of environments."""
-    if len(states) != num_envs:
-        raise EnvError(
-            f"the state holds {len(states)} environments, this run has {num_envs}: "
-            f"resume with env.num_envs and the number of processes of the run that wrote it"
-        )
-
-
-NEW_EPISODES = "{}; the run goes on with new episodes"
+from trpo.envs.shard import EnvShard
+from trpo.envs.spaces import ActionEncoding
+from trpo.envs.step_buffers import StepBuffers
 
 
 class GymnasiumEnvs:
@@ -72,7 +40,7 @@ class GymnasiumEnvs:
         self._encoding = ActionEncoding.of(spaces.action)
         self._buffers = StepBuffers.allocate(spaces, self.num_envs)
         self._shard.attach(self._buffers)
-        self._step = as_step(self._buffers)
+        self._step = Step.over(self._buffers)
         self.exact_resume = True
 
     def reset(self) -> Tensor:

@@ -11,8 +11,7 @@ from gymnasium.spaces import Box
 from torch import Tensor
 
 from trpo.config import EnvConfig
-from trpo.envs.contract import Step
-from trpo.envs.gymnasium import check_env_count
+from trpo.envs.contract import Step, check_env_count
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.stagger import first_episode_length
 from trpo.envs.torch_classic import TASKS, TorchTask

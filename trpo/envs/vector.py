@@ -11,12 +11,11 @@ from gymnasium.spaces.utils import flatten
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from trpo.envs.contract import Step
-from trpo.envs.gymnasium import as_step, native_actions
+from trpo.envs.contract import Step, native_actions
 from trpo.envs.returned import SUCCESS_KEYS, ReturnError, success_of
-from trpo.envs.shard import EnvSpaces, StepBuffers
 from trpo.envs.single import failure
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
+from trpo.envs.step_buffers import EnvSpaces, StepBuffers
 from trpo.errors import EnvError
 
 
@@ -51,7 +50,7 @@ class VectorEnvAdapter:
         self.single_action_space = vector_env.single_action_space
         spaces = EnvSpaces(self.single_observation_space, self._raw_space, self.single_action_space)
         self._buffers = StepBuffers.allocate(spaces, self.num_envs)
-        self._step = as_step(self._buffers)
+        self._step = Step.over(self._buffers)
         self._steps = 0
         self._ended = np.zeros(self.num_envs, bool)  # in the last step; in mode NEXT_STEP the next one is a reset
 

@@ -37,7 +37,8 @@ from typing import Any
 import gymnasium
 
 from trpo.config import EnvConfig
-from trpo.envs.shard import EnvShard, StepBuffers
+from trpo.envs.shard import EnvShard
+from trpo.envs.step_buffers import StepBuffers
 from trpo.errors import EnvError
 
 _BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from trpo.envs.worker import main; main()"

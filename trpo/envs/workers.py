@@ -16,10 +16,10 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.cores import worker_count
-from trpo.envs.contract import Step
-from trpo.envs.gymnasium import NEW_EPISODES, as_step, check_env_count, native_actions
-from trpo.envs.shard import EnvSpaces, StepBuffers, check_same_spaces, restart_seed
+from trpo.envs.contract import NEW_EPISODES, Step, check_env_count, native_actions
+from trpo.envs.shard import check_same_spaces, restart_seed
 from trpo.envs.spaces import ActionEncoding
+from trpo.envs.step_buffers import EnvSpaces, StepBuffers
 from trpo.envs.worker import Worker, WorkerLost, shared_memory, stop_all
 from trpo.errors import EnvError
 
@@ -141,7 +141,7 @@ class WorkerEnvs:
         size = StepBuffers.nbytes(spaces, self.num_envs)
         os.truncate(self._memory, size)
         self._buffers = StepBuffers.over(mmap.mmap(self._memory, size), spaces, self.num_envs)
-        self._step = as_step(self._buffers)
+        self._step = Step.over(self._buffers)
         self._acted_in = self._buffers.reset_obs.copy()
         self._encoding = ActionEncoding.of(spaces.action)
         self.single_observation_space = spaces.observation
