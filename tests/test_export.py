@@ -90,6 +90,31 @@ def test_either_of_two_equally_likely_choices_is_right_and_no_third(tmp_path):
     assert wrong.tolist() == [False, False, True, True, True]  # the last is no action at all
 
 
+def test_wide_actions_may_differ_by_as_much_as_rounding_does(tmp_path):
+    """An ordinal policy's parameters are of order one, whatever the unit of its actions."""
+    space = spaces.Box(-1e6, 1e6, (2,), np.float64)
+    policy = saved_policy(tmp_path / "policy", config_for(), OBS_DIM, space)
+    export_onnx(policy, tmp_path / "policy.onnx")
+    obs = np.random.default_rng(0).normal(0.5, 1.0, (50, OBS_DIM)).astype(np.float32)
+    (action,) = onnxruntime.InferenceSession(tmp_path / "policy.onnx").run(None, {"observation": obs})
+    expected = policy.act(obs)
+    assert np.abs(expected).max() > 1e3  # else nothing is shown
+    # Some roundings of float32 of a range of 2e6, which was more than the export used to allow.
+    np.testing.assert_allclose(action, expected, rtol=0, atol=20.0)
+    assert export._wrong_rows(policy, obs, np.clip(expected + 2e3, -1e6, 1e6), expected).all()
+
+
+def test_what_other_packages_cannot_do_is_one_line(tmp_path):
+    """onnxruntime has this activation for float32 only; torch cannot translate a branch on values."""
+    with pytest.raises(UserError, match="onnxruntime cannot run the model .*Elu.*; train with other layers"):
+        export_onnx(saved(tmp_path, dtype="float64", policy={"activation": "elu"}), tmp_path / "policy.onnx")
+    policy = saved(tmp_path / "other")
+    policy.policy.network.register_forward_hook(lambda _, __, eta: eta if eta.sum() > 0 else -eta)
+    with pytest.raises(UserError, match="torch cannot write this policy as an ONNX model"):
+        export_onnx(policy, tmp_path / "policy.onnx")
+    assert not (tmp_path / "policy.onnx").exists()
+
+
 class Unclipped(ActingPolicy):
     def __init__(self, policy: SavedPolicy) -> None:
         super().__init__(policy)

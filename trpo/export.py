@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trpo.distributions import Ordinal
 from trpo.envs.spaces import ActionEncoding
-from trpo.errors import UserError
+from trpo.errors import UserError, gist
 from trpo.saved_policy import SavedPolicy
 from trpo.whole_file import whole_file
 
@@ -34,13 +35,16 @@ def export_onnx(saved: SavedPolicy, path: Path) -> None:
     `path`, over what may be there; on any error nothing is left.
 
     Raises:
-        UserError: a package is missing, the file cannot be written, or the model does not act as the policy does.
+        UserError: a package is missing, or has no operator for a layer; the file cannot be written; or the model does
+            not act as the policy does.
     """
     _check_packages()
     try:
         with whole_file(path) as file:
-            _write(saved, file)
-            problem = _difference(saved, file.read_bytes())
+            with _saying("torch cannot write this policy as an ONNX model"):
+                _write(saved, file)
+            with _saying("onnxruntime cannot run the model"):
+                problem = _difference(saved, file.read_bytes())
             if problem:
                 raise UserError(f"not exported: the ONNX model does not act as the policy does ({problem})")
     except OSError as error:
@@ -113,6 +117,17 @@ def _write(saved: SavedPolicy, file: Path) -> None:
 
 
 @contextlib.contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Turns what other packages raise, and each has kinds of its own, into one line."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise UserError(f"not exported: {what} ({gist(error)}); train with other layers, or dtype float32") from error
+
+
+@contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
     """Mutes a logger below the level of errors."""
     logger = logging.getLogger(name)
@@ -158,18 +173,22 @@ def _observations(saved: SavedPolicy, rows: int, generator: np.random.Generator)
 def _wrong_rows(saved: SavedPolicy, obs: np.ndarray, action: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Which rows [N] of `action` are no actions, or differ from the expected ones by more than rounding explains."""
     policy, encoding = saved.policy, ActionEncoding.of(saved.action_space)
+    distribution = policy.distribution
     eta = policy(policy.normalizer(torch.from_numpy(obs).to(policy.theta.vector.device))).cpu().double()
     tolerance = TOLERANCE * eta.abs().amax(-1).clamp(min=1.0)
     outside = torch.tensor([not saved.action_space.contains(row) for row in action])
     given, wanted = (torch.from_numpy(x.reshape(len(obs), -1).astype(np.float64)) for x in (action, expected))
-    if encoding.low is not None:
+    if encoding.low is not None and encoding.high is not None:
+        # An ordinal policy's η are logits, while its actions are as large as their bounds are wide.
+        width = torch.from_numpy(encoding.high.astype(float) - encoding.low.astype(float))
+        allowed = tolerance.unsqueeze(-1) * (width if isinstance(distribution, Ordinal) else 1.0)
         # Rounding to an integer Box may go either way near one half: the distance to what is rounded counts there.
         if encoding.dtype.kind != "f":
-            wanted = torch.from_numpy(np.clip(policy.distribution.mode(eta).numpy(), encoding.low, encoding.high))
-            tolerance = tolerance + 0.5
-        return (outside | ((given - wanted).abs().amax(-1) > tolerance)).numpy()
+            wanted = torch.from_numpy(np.clip(distribution.mode(eta).numpy(), encoding.low, encoding.high))
+            allowed = allowed + 0.5
+        return (outside | ((given - wanted).abs() > allowed).any(-1)).numpy()
     # Between two choices that are equally likely to rounding, either is the mode.
     start = 0 if encoding.start is None else torch.from_numpy(encoding.start)
     given = torch.where(outside.unsqueeze(-1), wanted, given)
-    lost = policy.distribution.log_prob(eta, wanted - start) - policy.distribution.log_prob(eta, given - start)
+    lost = distribution.log_prob(eta, wanted - start) - distribution.log_prob(eta, given - start)
     return (outside | (lost > tolerance)).numpy()
