@@ -106,7 +106,7 @@ def test_wide_actions_may_differ_by_as_much_as_rounding_does(tmp_path):
 
 def test_what_other_packages_cannot_do_is_one_line(tmp_path):
     """onnxruntime has this activation for float32 only; torch cannot translate a branch on values."""
-    with pytest.raises(UserError, match="onnxruntime cannot run the model .*Elu.*; train with other layers"):
+    with pytest.raises(UserError, match=r"onnxruntime cannot run the model .*Elu.*; train with other layers"):
         export_onnx(saved(tmp_path, dtype="float64", policy={"activation": "elu"}), tmp_path / "policy.onnx")
     policy = saved(tmp_path / "other")
     policy.policy.network.register_forward_hook(lambda _, __, eta: eta if eta.sum() > 0 else -eta)
