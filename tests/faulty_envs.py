@@ -216,6 +216,14 @@ class Amnesiac(Drawing):
         return super().step(action)
 
 
+class Miser(Amnesiac):
+    """Does not fail, but rewards half as much, and nothing that it observes tells."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *ended = Drawing.step(self, action)
+        return obs, reward / (1 + self.again), *ended
+
+
 class RaisesAfter(Drawing):
     """Raises after so many steps, all episodes together, unless the file `marker` says that one has before."""
 
@@ -260,6 +268,25 @@ class AddTen(gymnasium.ObservationWrapper[Any, Any, Any]):
         return observation + 10.0 * self.times
 
 
+class Told(gymnasium.Env[Any, Any]):
+    """Observes the option `x` of its reset, 0 if none was given, and rewards five steps with `times` as much."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = Discrete(2)
+
+    def __init__(self, times: float = 1.0) -> None:
+        self.times = times
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.x, self.steps = float((options or {}).pop("x", 0.0)), 0  # it may do with them what it likes
+        return np.array([self.x, 0.0]), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return np.array([self.x, self.steps]), self.x * self.times, False, self.steps == 5, {}
+
+
 for _class in (
     Counting,
     Faulty,
@@ -267,9 +294,11 @@ for _class in (
     Echo,
     Observing,
     OwnRandomness,
+    Miser,
     Amnesiac,
     RaisesAfter,
     OldGenerator,
     Spaceless,
+    Told,
 ):
     gymnasium.register(f"{_class.__name__}-v0", entry_point=_class)

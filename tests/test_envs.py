@@ -463,6 +463,7 @@ class TestExactResume:
         ("fault", "why"),
         [
             ("OwnRandomness", "environment 1 did not come back to its recorded observation .* random numbers outside"),
+            ("Miser", "environment 1 did not come back to its recorded return .* keeps state across resets"),
             (
                 "Amnesiac",
                 r"environment 1 raised RuntimeError: seen it all \(.*faulty_envs.py:\d+\) while its episode was",

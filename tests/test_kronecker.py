@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import OBS_DIM, POLICIES, make_batch, make_mlp, make_policy, randn, relative_error, seeded
@@ -50,6 +52,28 @@ def test_it_inverts_the_damped_kronecker_product_of_every_block() -> None:
     matrix = torch.block_diag(dense(bias, count), dense(layer, count))
     v = randn(len(matrix), seed=5)
     assert relative_error(preconditioner(v), torch.linalg.solve(matrix, v)) < ROUNDING
+
+
+def test_factors_that_float32_cannot_decompose_are_in_float64_and_such_as_have_no_numbers_give_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with 500 inputs of which one is 1, where it depends on the version of LAPACK."""
+    exact, dtypes = torch.linalg.eigh, []
+
+    def eigh(matrix: Tensor) -> Any:
+        dtypes.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch._C._LinAlgError("did not converge")
+        return exact(matrix)
+
+    factors = Factors(positive(4, 1).float(), positive(3, 2).float())
+    expected = KroneckerPreconditioner(OneBlock(factors), randn(1), count=5.0, damping=DAMPING)(ones := torch.ones(12))
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    given = KroneckerPreconditioner(OneBlock(factors), randn(1), count=5.0, damping=DAMPING)(ones)
+    assert given.dtype == torch.float32 and dtypes == [torch.float32, torch.float64] * 2
+    assert relative_error(given, expected) < 1e-5  # float32, condition numbers below 1e3
+    broken = Factors(torch.full_like(factors.inputs, torch.nan), factors.outputs)
+    assert KroneckerPreconditioner(OneBlock(broken), randn(1), count=5.0, damping=DAMPING)(ones).isnan().all()
 
 
 def test_factors_are_second_moments_of_inputs_and_backpropagated_scores() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
@@ -41,6 +41,22 @@ class FractionSchedule(Schedule):
             key = "end" if self.end == 0 else "start"
             raise _contradiction(key, "must be above 0 for shape geometric: no factors lead there", against="shape")
         return self
+
+
+class OptionSchedule(Schedule):
+    start: float = Field(description="Value at the first update.")
+    end: float = Field(description="Value at the last update.")
+
+    @model_validator(mode="after")
+    def _factors_lead_from_start_to_end(self) -> Self:
+        if self.shape == "geometric" and min(self.start, self.end) <= 0:
+            raise _contradiction("shape", "geometric takes start and end above 0", against="start")
+        return self
+
+
+def is_schedule(option: object) -> bool:
+    """Whether one of `env.options` is a schedule, and no other mapping."""
+    return isinstance(option, dict) and bool({"start", "end"} & option.keys())
 
 
 def _kind(value: object) -> str:
@@ -94,6 +110,11 @@ class EnvConfig(Settings):
     wrappers: Annotated[tuple[WrapperConfig, ...], Field(strict=False)] = Field(
         (), description="Gymnasium wrappers, innermost first."
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What every `reset` is given as its `options`. A number may be scheduled, as a curriculum: "
+        "`{start: 0.1, end: 1.0}`; evaluations take what it is at the end.",
+    )
     stagger: bool = Field(
         True,
         description="Truncate the first episode of each environment at a step of its own, so that episodes of one "
@@ -107,6 +128,18 @@ class EnvConfig(Settings):
         "fail", description="What to do when a worker dies or hangs; `restart` truncates the cut episodes."
     )
     max_restarts: int = Field(3, ge=0, description="Worker restarts allowed in one run.")
+
+    @model_validator(mode="after")
+    def _options_are_values_or_schedules(self) -> Self:
+        for name, value in self.options.items():
+            if is_schedule(value):
+                try:
+                    OptionSchedule.model_validate(value)
+                except ValidationError as error:
+                    problem = error.errors()[0]
+                    where = ".".join(str(part) for part in ("options", name, *problem["loc"]))
+                    raise _contradiction(where, problem["msg"], against="options") from None
+        return self
 
     @property
     def for_evaluation(self) -> EnvConfig:

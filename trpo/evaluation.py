@@ -24,6 +24,7 @@ from trpo.envs.single import failure
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
 from trpo.policy import Policy
+from trpo.schedule import options_at
 from trpo.video import VideoWriter, check_recordable, check_showable
 
 SIDE_BY_SIDE = 32  # rows of every forward pass, and the most episodes run together
@@ -99,8 +100,8 @@ def evaluate(
 
     Args:
         policy: its normaliser is used frozen.
-        env_config: `id`, `kwargs` and `wrappers` are used, but for those that are `training_only`; no more than
-            `num_envs` episodes run side by side.
+        env_config: `id`, `kwargs`, `options` as they are at the end, and `wrappers` are used, but for those that are
+            `training_only`; no more than `num_envs` episodes run side by side.
         action_space: the space the policy was trained for; the environment's must be equal.
         episodes: number of episodes, at least 1.
         seed: of the first episode, not negative.
@@ -179,7 +180,8 @@ def _side_by_side(
         first = next(iter(envs.values()))
         _check_spaces(policy, first, action_space)
         with VideoWriter(video, first) as frames:
-            episodes = {row: _Episode(env, seeds[row], max_episode_steps) for row, env in envs.items()}
+            options = options_at(env_config.options, 1.0)
+            episodes = {row: _Episode(env, seeds[row], options, max_episode_steps) for row, env in envs.items()}
             simulations = simulations_beside(env_config, first, len(envs))
             together = _Together(simulations, envs) if simulations else None
             return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames, together)
@@ -256,9 +258,10 @@ class _Together:
 class _Episode:
     """One episode of one environment, its reward summed."""
 
-    def __init__(self, env: gymnasium.Env[Any, Any], seed: int, max_steps: int):
+    def __init__(self, env: gymnasium.Env[Any, Any], seed: int, options: dict[str, Any], max_steps: int):
         self.env = env
         self.seed = seed
+        self.options = options
         self._space: Any = env.observation_space
         has_time_limit = env.spec is not None and env.spec.max_episode_steps is not None
         self.max_steps = math.inf if has_time_limit else max_steps
@@ -271,7 +274,7 @@ class _Episode:
     def reset(self) -> Any:
         """First observation [D]."""
         with self._raising_one_kind():
-            obs, _ = self.env.reset(seed=self.seed)
+            obs, _ = self.env.reset(seed=self.seed, options={**self.options} or None)
             return self._observation(obs)
 
     def step(self, action: Any, outcome: _Outcome | None = None) -> Any:

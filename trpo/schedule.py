@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-from trpo.config import Schedule
+from trpo.config import OptionSchedule, Schedule, is_schedule
 
 
 def value_at(setting: float | Schedule, progress: float) -> float:
@@ -19,6 +21,14 @@ def value_at(setting: float | Schedule, progress: float) -> float:
     if setting.shape == "geometric":
         return float(setting.start ** (1 - progress) * setting.end**progress)
     return setting.end + 0.5 * (setting.start - setting.end) * (1 + math.cos(math.pi * progress))
+
+
+def options_at(options: Mapping[str, Any], progress: float) -> dict[str, Any]:
+    """The `env.options` at progress p ∈ [0, 1]: those that are schedules by `value_at`, the others as they are."""
+    return {
+        name: value_at(OptionSchedule.model_validate(value), progress) if is_schedule(value) else value
+        for name, value in options.items()
+    }
 
 
 def cooldown(share: float, progress: float) -> float:

@@ -28,7 +28,7 @@ from trpo.device import training_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
-from trpo.envs.contract import BatchEnv
+from trpo.envs.contract import NEW_EPISODES, BatchEnv, TakesOptions
 from trpo.envs.shard import restart_seed
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist
 from trpo.evaluation import Evaluation, check_environment, evaluate
@@ -39,6 +39,7 @@ from trpo.random_streams import stream_seed, torch_generator
 from trpo.remarks import remarks
 from trpo.run_directory import RunDirectory, RunLock
 from trpo.saved_policy import load_policy, load_starting_policy, save_policy
+from trpo.schedule import options_at
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
 from trpo.video import VideoError, try_recording
@@ -49,6 +50,8 @@ FIXED = {  # settings of a run for good
     "name": "whose directory has it",
     "seed": "whose random streams go on",
 }
+EPISODES_OF = ("env.id", "env.kwargs", "env.wrappers")  # settings that make other episodes of the same actions
+EVALUATIONS_OF = (*EPISODES_OF, "env.options", "evaluation.max_episode_steps")  # … and other returns of the same policy
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
 
 
@@ -82,6 +85,10 @@ class Trainer:
             written by then, and so are evaluation and checkpoint, except the last ones of the run. True, from any
             process, stops the run as a signal would. What it raises ends the run, with a checkpoint if there is one
             process only.
+
+    Attributes:
+        options: what every reset is given beside `env.options`, and over them: for a curriculum that follows what the
+            policy can do, from `on_update`, in every process. Checkpoints hold it; evaluations are of `env.options`.
     """
 
     def __init__(
@@ -108,6 +115,8 @@ class Trainer:
         self._saved_at_s = time.monotonic()
         self._saved_at_step = 0
         self.recent = RecentEpisodes()
+        self.options: dict[str, Any] = {}
+        self._told_options: dict[str, Any] = {}
         self._unsaid: list[str] = []  # until the run is open
         self._opened = False
         self.env = env
@@ -139,6 +148,7 @@ class Trainer:
         if self.env is None:
             self.env = make_envs(config.env, self._seeds, device=self.device, on_warning=self._warn)
         env = self.env
+        self._tell_options()
         self._restorable = env.exact_resume
         if env.num_envs != len(self._seeds):
             raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(self._seeds)} here")
@@ -200,6 +210,8 @@ class Trainer:
             if changed:
                 self.run.change_config(self.config)
                 self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
+                if _any_of(EVALUATIONS_OF, changed):
+                    self._say("note: evaluations are of another task from now on, and the first of them replaces best/")
         if self._origin is not None:
             self._say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
         for remark in remarks(self.config, self.agent.policy, self.action_space, new=resume is None):
@@ -290,6 +302,7 @@ class Trainer:
         started = time.perf_counter()
         timers = PhaseTimers()
         self.agent.set_std(self.progress)
+        self._tell_options()
         with timers("rollout"):
             rollout, episodes = self._collect()
         if self.updates == 0:
@@ -322,6 +335,19 @@ class Trainer:
         if self.updates < self.config.updates:  # `_finish` does both for the last one
             self._periodic(previous_steps)
         return report
+
+    def _tell_options(self) -> None:
+        """Resets from now on are given the options of the update to come."""
+        options = {**options_at(self.config.env.options, self.progress), **self.options}
+        if options == self._told_options:
+            return
+        if not isinstance(self.env, TakesOptions):
+            raise UserError(
+                f"env.options: resets of {type(self.env).__name__} take none; leave them out, or set env.backend to "
+                "gymnasium"
+            )
+        self.env.set_options(options)
+        self._told_options = options
 
     def _collect(self) -> tuple[Rollout, Episodes]:
         """A rollout; where an environment fails what was trained before is saved, to go on from with new episodes."""
@@ -472,6 +498,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json", by_alias=True),
             "agent": self.agent.state_dict(),
             "counters": {name: getattr(self, name) for name in COUNTERS},
+            "options": self.options,
             "recent": self.recent.state_dict(),
             "processes": self.group.gather_objects(local),
         }
@@ -490,29 +517,39 @@ class Trainer:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
                 raise CheckpointError(f"{path}: {problem}")
             self.agent.load_state_dict(state["agent"])
-            local = state["processes"][self.group.rank]
-            if local["collector"]["env"] is None:
-                self._begin_anew(state["counters"]["env_steps"])
-            self.collector.load_state_dict(local["collector"])  # first: it shows whether episodes go on
-            self.agent.load_local_state_dict(local["agent"], new_episodes=not self.collector.goes_on)
-            self.recent.load_state_dict(state["recent"])
             for name in COUNTERS:
                 setattr(self, name, state["counters"][name])
+            if _any_of(EVALUATIONS_OF, changed):
+                self.best_return = -math.inf
+            self.options = state["options"]
+            local = state["processes"][self.group.rank]
+            collector = local["collector"]
+            if collector["env"] is None:
+                self._begin_anew("an environment failed after this checkpoint")
+            elif _any_of(EPISODES_OF, changed) and not self._by_hand:
+                collector = {**collector, "env": None}
+                self._begin_anew("the environment is another one")
+            self._tell_options()
+            self.collector.load_state_dict(collector)  # first: it shows whether episodes go on
+            self.agent.load_local_state_dict(local["agent"], new_episodes=not self.collector.goes_on)
+            self.recent.load_state_dict(state["recent"])
             self._saved_at_step = self.env_steps
             return changed
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             why = "; ".join([*changed, gist(error)])
             raise CheckpointError(f"{path}: does not fit this config ({why})") from error
 
-    def _begin_anew(self, env_steps: int) -> None:
-        """New episodes, not those that the run began with, after a checkpoint whose environments then failed."""
+    def _begin_anew(self, why: str) -> None:
+        """New episodes, not those that the run began with, where those of a checkpoint cannot go on."""
         assert self.env is not None
         if not self._by_hand:
-            seeds = [restart_seed(seed, env_steps) for seed in self._seeds]
+            seeds = [restart_seed(seed, self.env_steps) for seed in self._seeds]
             self.env.close()
             self.env = make_envs(self.config.env, seeds, device=self.device, on_warning=self._warn)
+            self._told_options = {}
+            self._tell_options()
             self.collector.env, self.collector.obs = self.env, self.env.reset().clone()
-        self._warn("an environment failed after this checkpoint; the run goes on with new episodes")
+        self._warn(NEW_EPISODES.format(why))
 
     def _say(self, text: str) -> None:
         if self.writer is not None:
@@ -540,3 +577,8 @@ class Trainer:
                 resources.callback(self.writer.close)
             if self.env is not None:
                 resources.callback(self.env.close)
+
+
+def _any_of(keys: tuple[str, ...], changed: list[str]) -> bool:
+    """Whether a setting at or below one of `keys` is among the lines of `config_difference`."""
+    return any(line.startswith((f"{key}:", f"{key}.")) for line in changed for key in keys)

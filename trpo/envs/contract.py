@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from gymnasium.spaces import Box, Space
@@ -67,6 +67,14 @@ class BatchEnv(Protocol):
 
     def close(self) -> None:
         """Frees everything; may be called twice."""
+
+
+@runtime_checkable
+class TakesOptions(BatchEnv, Protocol):
+    """A `BatchEnv` whose resets can be told what to begin with."""
+
+    def set_options(self, options: dict[str, Any]) -> None:
+        """What every `reset` is given as `options` from now on; `state_dict` has those of the running episodes."""
 
 
 def native_actions(encoding: ActionEncoding, action: Tensor, num_envs: int) -> Array:

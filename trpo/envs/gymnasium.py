@@ -43,6 +43,10 @@ class GymnasiumEnvs:
         self._step = Step.over(self._buffers)
         self.exact_resume = True
 
+    def set_options(self, options: dict[str, Any]) -> None:
+        """See `TakesOptions.set_options`."""
+        self._shard.set_options(options)
+
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""
         self._shard.reset()

@@ -35,10 +35,11 @@ class EpisodeLog:
         self._length = 0
         self.seed: int | None = None
         self.rng: dict[str, Any] | None = None
+        self.options: dict[str, Any] = {}
 
-    def start(self, *, seed: int | None, rng: dict[str, Any] | None) -> None:
+    def start(self, *, seed: int | None, rng: dict[str, Any] | None, options: dict[str, Any]) -> None:
         """A new episode, begun by `reset(seed=seed)`, or by `reset()` with the random state `rng`."""
-        self._length, self.seed, self.rng = 0, seed, rng
+        self._length, self.seed, self.rng, self.options = 0, seed, rng, options
 
     def append(self, row: Array) -> None:
         """Records the native action row [A] about to be taken."""
@@ -55,11 +56,17 @@ class EpisodeLog:
         self._rows[self._length : length] = rows
         self._length = length
 
-    def state(self, obs: Array) -> dict[str, Any]:
-        """JSON values and arrays from which `replay` comes back here; `obs` [D] is the present observation."""
+    def state(self, obs: Array, total: float) -> dict[str, Any]:
+        """JSON values and arrays from which `replay` comes back here.
+
+        Args:
+            obs: The present observation [D].
+            total: Sum of the episode's rewards, in order.
+        """
         if self.seed is None and self.rng is None:
             raise RuntimeError("state_dict() before the first reset()")
-        return {"seed": self.seed, "rng": self.rng, "actions": self._rows[: self._length].copy(), "obs": obs.copy()}
+        began = {"seed": self.seed, "rng": self.rng, "options": self.options}
+        return {**began, "actions": self._rows[: self._length].copy(), "obs": obs.copy(), "return": total}
 
 
 class ReplayError(EnvError):
@@ -87,7 +94,14 @@ def _set_random_state(env: gymnasium.Env[Any, Any], state: dict[str, Any]) -> No
         generator.bit_generator.state = state
 
 
-def begin(env: gymnasium.Env[Any, Any], log: EpisodeLog, *, seed: int | None, rng: dict[str, Any] | None) -> Any:
+def begin(
+    env: gymnasium.Env[Any, Any],
+    log: EpisodeLog,
+    *,
+    seed: int | None,
+    rng: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> Any:
     """Resets `env`, records how, and returns the first observation.
 
     Args:
@@ -95,11 +109,12 @@ def begin(env: gymnasium.Env[Any, Any], log: EpisodeLog, *, seed: int | None, rn
         log: Where this episode is recorded.
         seed: Given to `reset`, or None to go on with the environment's generator.
         rng: State to put that generator in first, or None to leave it as it is. Not with a seed.
+        options: Given to `reset`, if there are any.
     """
     if rng is not None:
         _set_random_state(env, rng)
-    log.start(seed=seed, rng=None if seed is not None else random_state(env))
-    obs, _ = env.reset(seed=seed)
+    log.start(seed=seed, rng=None if seed is not None else random_state(env), options=options)
+    obs, _ = env.reset(seed=seed, options={**options} or None)  # a copy, which is the environment's
     return obs
 
 
@@ -110,7 +125,7 @@ def replay(
 
     Raises:
         EnvError: The recorded actions do not fit.
-        ReplayError: The observation reached differs in any bit from the recorded one.
+        ReplayError: The observation reached, or what was rewarded on the way, differs in any bit from the recorded.
     """
     actions = np.asarray(state["actions"])
     if actions.shape[1:] != (encoding.size,) or actions.dtype != encoding.dtype:
@@ -118,16 +133,19 @@ def replay(
             f"environment {index}: the recorded actions are {actions.dtype}{list(actions.shape[1:])}, the action "
             f"space takes {encoding.dtype}[{encoding.size}]: resume with the environment the run was started with"
         )
-    obs = begin(env, log, seed=state["seed"], rng=state["rng"])
+    obs = begin(env, log, seed=state["seed"], rng=state["rng"], options=state["options"])
+    total = 0.0
     for row in actions:
         log.append(row)
-        obs, *_ = env.step(encoding.single(row))
+        obs, reward, *_ = env.step(encoding.single(row))
+        total += float(reward)
     recorded = np.asarray(state["obs"])
     reached = np.asarray(obs).astype(recorded.dtype)
-    if reached.shape != recorded.shape or reached.tobytes() != recorded.tobytes():
+    same = reached.shape == recorded.shape and reached.tobytes() == recorded.tobytes()
+    if not same or total != state["return"]:
         raise ReplayError(
-            f"environment {index} did not come back to its recorded observation when its episode was replayed: it "
-            "draws random numbers outside `self.np_random` or keeps state across resets, or its package has another "
-            "version"
+            f"environment {index} did not come back to its recorded {'return' if same else 'observation'} when its "
+            "episode was replayed: it draws random numbers outside `self.np_random` or keeps state across resets, or "
+            "its package has another version"
         )
     return obs

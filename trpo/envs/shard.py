@@ -53,6 +53,8 @@ class EnvShard:
         self._logs = [EpisodeLog(self._encoding) for _ in seeds]
         self._episode_steps = np.zeros(len(seeds), np.int64)
         self._cut_after = np.full(len(seeds), NEVER)  # steps of the running episodes
+        self._returns = np.zeros(len(seeds))  # of the running episodes, so far
+        self._options: dict[str, Any] = {}  # of the next reset
 
     def _common_spaces(self) -> EnvSpaces:
         found = [_spaces_of(env) for env in self._envs]
@@ -64,12 +66,17 @@ class EnvShard:
         """Gives the arrays to read actions from and write to; k rows each."""
         self._buffers = buffers
 
+    def set_options(self, options: dict[str, Any]) -> None:
+        """What every `reset` is given as `options` from now on."""
+        self._options = options
+
     def reset(self) -> None:
         """Starts k new episodes; first observations in `reset_obs`."""
         for i in range(len(self._envs)):
             self._begin(i)
         self._buffers.valid[:] = True
         self._episode_steps[:] = 0
+        self._returns[:] = 0
         self._check_finite(self._buffers.reset_obs, "a first observation")
 
     def step(self) -> None:
@@ -80,6 +87,7 @@ class EnvShard:
         self._act()
         self._check_finite(buffers.reward, "a reward")
         self._check_finite(buffers.next_obs, "an observation")
+        np.add(self._returns, buffers.reward, out=self._returns, where=buffers.valid)
         done = buffers.terminated | buffers.truncated
         np.copyto(buffers.reset_obs, buffers.next_obs, where=(buffers.valid & ~done)[:, None])
         if done.any():
@@ -87,6 +95,7 @@ class EnvShard:
                 self._begin(i)
             self._check_finite(buffers.reset_obs, "a first observation of its next episode")
             self._episode_steps[done] = 0
+            self._returns[done] = 0
 
     def _act(self) -> None:
         """Steps the environments of valid rows, and writes what they return."""
@@ -110,7 +119,8 @@ class EnvShard:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What `load_state_dict` needs, one entry per environment."""
-        return [log.state(obs) for log, obs in zip(self._logs, self._buffers.reset_obs, strict=True)]
+        rows = zip(self._logs, self._buffers.reset_obs, self._returns.tolist(), strict=True)
+        return [log.state(obs, total) for log, obs, total in rows]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> str | None:
         """Replays each environment's episode; present observations in `reset_obs`.
@@ -131,6 +141,7 @@ class EnvShard:
                 return f"{failure(f'environment {self._first + i}', error)} while its episode was replayed"
             self._buffers.reset_obs[i] = obs
             self._episode_steps[i] = len(state["actions"])
+            self._returns[i] = state["return"]
             self._seeds[i] = None
             self._cut_after[i] = self._first_length(i)
             self._entered(i)
@@ -155,7 +166,7 @@ class EnvShard:
             if self._fresh_each_episode and seed is None:
                 rng = random_state(env)
                 env = self._rebuild(i)
-            obs = begin(env, self._logs[i], seed=seed, rng=rng)
+            obs = begin(env, self._logs[i], seed=seed, rng=rng, options=self._options)
             self._buffers.reset_obs[i] = flat_observation(obs, self._declared)
         except (Exception, SystemExit) as error:
             raise failure(f"environment {self._first + i}, in reset,", error) from error

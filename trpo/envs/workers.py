@@ -50,6 +50,7 @@ class WorkerEnvs:
         self._interrupted = np.zeros(self.num_envs, bool)  # episode lost since the last step; to be told by the next
         self._config = config
         self._seeds = [int(seed) for seed in seeds]
+        self._options: dict[str, Any] = {}
         self._memory = shared_memory()
         self._workers: list[Worker] = []
         # Ends the workers when this object is forgotten or the interpreter ends; holds no reference to self.
@@ -59,6 +60,14 @@ class WorkerEnvs:
             for share in shares:
                 self._workers.append(self._start(int(share[0]), int(share[-1]) + 1))
             self._open_buffers(self._gather_spaces())
+
+    def set_options(self, options: dict[str, Any]) -> None:
+        """See `TakesOptions.set_options`."""
+        self._options = options
+        with self._ending_on_error():
+            payloads = [(options,)] * len(self._workers)
+            for worker, failure in self._run("set_options", self._config.timeout_s, payloads)[1]:
+                self._replace(worker, failure)
 
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""
@@ -192,7 +201,8 @@ class WorkerEnvs:
                 failure = again
 
     def _begin(self, worker: Worker) -> None:
-        for command, payload in ((None, None), ("map_memory", (self.num_envs,)), ("reset", ())):
+        commands = (("map_memory", (self.num_envs,)), ("set_options", (self._options,)), ("reset", ()))
+        for command, payload in ((None, ()), *commands):
             if command is not None:
                 worker.send(command, payload)
             allowed_s = self._config.timeout_s + _START_S

@@ -12,6 +12,7 @@ gives all S.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -46,8 +47,8 @@ class KroneckerPreconditioner:
     ):
         self._blocks = []
         for factors in linearization.kronecker_factors(scores):
-            a, u_a = torch.linalg.eigh(all_sum(factors.inputs) / count)
-            s, u_s = torch.linalg.eigh(all_sum(factors.outputs) / count)
+            a, u_a = _eigen(all_sum(factors.inputs) / count)
+            s, u_s = _eigen(all_sum(factors.outputs) / count)
             # Rounding can make eigenvalues of a singular factor slightly negative; they are 0.
             scale = 1 / (torch.outer(s.clamp(min=0), a.clamp(min=0)) + damping)
             self._blocks.append((u_a, u_s, scale))
@@ -66,3 +67,13 @@ class KroneckerPreconditioner:
             out[stop - m : stop].copy_(block[:, -1])
             start = stop
         return out
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix; NaN of one that has none, which CG then meets."""
+    # In float32 the algorithm may not converge where hundreds of eigenvalues are equal: inputs that are one-hot.
+    for precise in (matrix, matrix.double()):
+        with contextlib.suppress(RuntimeError):  # torch.linalg.LinAlgError is one
+            values, vectors = torch.linalg.eigh(precise)
+            return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
