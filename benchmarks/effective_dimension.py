@@ -23,7 +23,7 @@ from trpo.natural_gradient import effective_dimension
 HERE = Path(__file__).parent
 TASKS = ("swimmer", "hopper", "walker2d", "half_cheetah", "ant", "humanoid")
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-CG_ITERATIONS = 60  # of the estimate: enough for the smallest λ
+CG_ITERATIONS = 60  # of the estimate: converged for λ ≥ 0.03; for 0.01 up to 6 % too low
 PROBES = 4
 
 

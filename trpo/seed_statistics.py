@@ -24,7 +24,8 @@ def bootstrap_interval(values: Array, *, coverage: float = 0.95) -> tuple[Array,
 
     Args:
         values: [S, G], S seeds at G steps. A seed is drawn as a whole, since its points depend on each other.
-        coverage: probability inside the interval, in (0, 1).
+        coverage: probability inside the interval, in (0, 1), of many seeds; of few the interval is too narrow: of
+            normal scores 95 % are 75 of 3 seeds, 85 of 5 and 90 of 10.
     """
     seeds = values.shape[0]
     counts = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)  # [R, S]

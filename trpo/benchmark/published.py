@@ -21,7 +21,7 @@ PUBLISHED = {
     "Hopper-v5": Published("3372 ± 215", "sb3-contrib, 3 seeds", "2609 ± 701"),
     "Humanoid-v5": Published("1030", "TRPO+ (Engstrom et al.)", "787 ± 194"),
     "InvertedDoublePendulum-v5": Published("9243 ± 276", "Tianshou NPG, 10 seeds", "9231 ± 270"),
-    "InvertedPendulum-v5": Published("1000 ± 0", "Tianshou, 10 seeds"),
+    "InvertedPendulum-v5": Published("1000 ± 0", "Tianshou, 10 seeds", "1000 ± 0"),
     "Reacher-v5": Published("−4.5 ± 0.5", "Tianshou NPG, 10 seeds", "−4.1 ± 0.3"),
     "Swimmer-v5": Published("359 ± 2", "sb3-contrib, 3 seeds", "66.7 ± 99"),
     "Walker2d-v5": Published("4502 ± 234", "sb3-contrib, 3 seeds", "3589 ± 757"),
