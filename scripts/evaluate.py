@@ -34,8 +34,9 @@ def main() -> None:
     if args.json:
         print(json.dumps(_report(saved, env, result, args), allow_nan=False))
         return
-    if saved.path.name == "best" != args.policy.name:
-        print(f"the run has not ended: this is {saved.path}, the best so far, after {saved.info['env_steps']} steps")
+    if saved.path.resolve() != args.policy.resolve() and saved.path.name != "final":
+        which = "the best so far" if saved.path.name == "best" else "its newest checkpoint"
+        print(f"the run has not ended: this is {saved.path}, {which}, after {saved.info['env_steps']} steps")
     print(f"{env.id}, {'stochastic' if args.stochastic else 'deterministic'}: {result}")
     if args.video:
         print(f"video of the first episode: {args.video}")

@@ -25,6 +25,7 @@ from trpo.errors import EnvError, UserError
 from trpo.evaluation import SIDE_BY_SIDE, Evaluation, evaluate
 from trpo.policy import Policy
 from trpo.saved_policy import SavedPolicy
+from trpo.trainer import Trainer
 from trpo.video import render_headless
 
 HERE = Path(__file__).resolve().parent
@@ -119,7 +120,7 @@ def plain_loop(env_id: str, act: Any, seed: int) -> tuple[float, int]:
 def test_returns_are_those_of_a_plain_loop_that_calls_act(tmp_path):
     """Exact: with discrete actions, rounding would have to fall on a tie to matter."""
     policy, env, space = policy_for("CartPole-v1")
-    saved = SavedPolicy(policy, config_for(), space, {}, tmp_path)
+    saved = SavedPolicy(policy, config_for(), None, space, {}, tmp_path)
     result = evaluate(policy, env, space, episodes=5, seed=11)
     expected = [plain_loop("CartPole-v1", saved.act, seed) for seed in range(11, 16)]
     assert [*zip(result.returns, result.lengths, strict=True)] == expected
@@ -381,6 +382,12 @@ def test_command_says_when_a_run_has_not_ended(tmp_path, script):
     said = f"the run has not ended: this is {best.path}, the best so far, after 4096 steps"
     assert script(tmp_path / "run", "--episodes", 1).out.splitlines()[0] == said
     assert "has not ended" not in script(best.path, "--episodes", 1).out
+    config = config_for(total_steps=128, batch_size=64, device="cpu", evaluation={"every_steps": 0})
+    run = Trainer(config, root=tmp_path, console=False).train(max_updates=1).directory
+    newest = run / "checkpoints" / "step-000000064"
+    said = f"the run has not ended: this is {newest}, its newest checkpoint, after 64 steps"
+    assert script(run, "--episodes", 1).out.splitlines()[0] == said
+    assert "has not ended" not in script(newest, "--episodes", 1).out
 
 
 def test_command_prints_nothing_but_one_json_object(cartpole, tmp_path):

@@ -7,14 +7,17 @@ import copy
 import inspect
 import os
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from commands import config_for, random_policy, saved_policy
 from gymnasium import spaces
+from gymnasium.spaces import flatdim
 from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -166,6 +169,48 @@ def test_act_says_how_to_flatten_a_dict(tmp_path):
         saved(tmp_path, "box").act({"position": np.zeros(OBS_DIM)})
 
 
+UNFLAT: dict[str, spaces.Space[Any]] = {
+    "dict": spaces.Dict(  # whose order is its own, not the alphabet's
+        OrderedDict(
+            speed=spaces.Box(-np.inf, np.inf, (2,), np.float64),
+            at=spaces.Tuple([spaces.Discrete(3, start=-1), spaces.MultiBinary(2)]),
+            grid=spaces.Box(0, 255, (2, 2), np.uint8),
+        )
+    ),
+    "tuple": spaces.Tuple([spaces.Box(-1, 1, (3,)), spaces.MultiDiscrete([2, 3])]),
+    "discrete": spaces.Discrete(4),
+    "picture": spaces.Box(0, 255, (3, 2, 1), np.uint8),
+}
+
+
+@pytest.mark.parametrize("observes", UNFLAT)
+def test_act_takes_what_the_environment_gives(observes, tmp_path):
+    space, config = UNFLAT[observes], config_for()
+    rows = flatdim(space)
+    policy = random_policy(config, rows, SPACES["box"])
+    save_policy(tmp_path / "p", policy, config, SPACES["box"], {}, observation_space=space)
+    loaded = load_policy(tmp_path / "p")
+    assert loaded.observation_space == space
+    space.seed(0)
+    for _ in range(5):
+        obs = space.sample()
+        flat = np.asarray(gymnasium.spaces.flatten(space, obs))
+        assert flat.shape == (rows,) and np.array_equal(loaded.act(obs), loaded.act(flat))
+    if observes == "dict":
+        with pytest.raises(ValueError, match=r"expected \[11\] .*keys \['at', 'speed'\].*says a dict with the keys"):
+            loaded.act({key: part for key, part in obs.items() if key != "grid"})
+    else:
+        with pytest.raises(ValueError, match="FlattenObservation"):
+            loaded.act({"position": flat})
+
+
+def test_an_observation_space_of_another_size_is_a_checkpoint_error(tmp_path):
+    policy = random_policy(config_for(), OBS_DIM, SPACES["box"])
+    save_policy(tmp_path / "p", policy, config_for(), SPACES["box"], {}, observation_space=spaces.Discrete(4))
+    with pytest.raises(CheckpointError, match=r"its observations are 5 numbers, those of Discrete\(4\) are not"):
+        load_policy(tmp_path / "p")
+
+
 @pytest.mark.parametrize("space", ["box", "discrete"])
 def test_an_observation_that_is_not_finite_is_no_action(space, tmp_path):
     with pytest.raises(EnvError, match="not finite"):
@@ -194,10 +239,10 @@ def test_what_is_no_policy_is_said_in_one_line(tmp_path):
         "pretrained/Zebra": "no such file[^?]*$",
         ".": "holds no policy[^?]*$",
         "empty": "holds no policy",
-        "run": "no policy yet.*--resume",
-        "crashed": "no policy yet; start a new one",
+        "run": "step-000000001 is not a policy .*it holds something else; give a run",
+        "crashed": "neither a policy nor a checkpoint yet; start a new one",
         "run/config.yaml": "is a file",
-        "checkpoint": "'training checkpoint', not a policy",
+        "checkpoint": "it holds something else; give a run, its final/ or a checkpoint",
     }.items():
         with pytest.raises(CheckpointError, match=problem):
             load_policy(tmp_path / name)

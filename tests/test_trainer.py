@@ -21,7 +21,7 @@ from trpo import native
 from trpo.agent import UpdateReport
 from trpo.checkpoint import checkpoint_paths
 from trpo.colored_noise import ColoredNoise
-from trpo.config import Config, EnvConfig
+from trpo.config import Config, EnvConfig, EvaluationConfig
 from trpo.config_file import load_config
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError, UserError
@@ -411,3 +411,36 @@ def test_a_wrapper_for_training_only_that_changes_spaces_is_said_before_anything
     with pytest.raises(EnvError, match=problem):
         Trainer(config, root=tmp_path, console=False)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("backend", ["gymnasium", "gymnasium-async"])
+def test_a_run_stopped_before_its_end_has_a_policy_that_takes_what_its_environment_gives(
+    backend: str, tmp_path: Path
+) -> None:
+    """Of its newest checkpoint; Blackjack observes a tuple of three numbers."""
+    env = {"id": "Blackjack-v1", "num_envs": 2, "backend": backend, "workers": 1}
+    config = config_for(env=env, total_steps=256, batch_size=64, device="cpu", evaluation={"every_steps": 0})
+    source = Trainer(config, root=tmp_path, console=False, on_update=lambda trainer, _: trainer.updates == 2)
+    run = source.train().directory
+    loaded = load_policy(run)
+    assert loaded.path == run / "checkpoints" / "step-000000128" and loaded.info == {"env_steps": 128, "seed": 0}
+    assert torch.equal(loaded.policy.theta.vector, source.agent.policy.theta.vector)
+    space = gymnasium.make("Blackjack-v1").observation_space
+    assert loaded.observation_space == space and loaded.action_space == gymnasium.spaces.Discrete(2)
+    hand = (14, 10, 0)
+    assert loaded.act(hand) == loaded.act(gymnasium.spaces.flatten(space, hand))
+    older = load_policy(run / "checkpoints" / "step-000000128")
+    assert torch.equal(older.policy.theta.vector, loaded.policy.theta.vector)
+
+
+def test_the_latest_evaluation_is_there_to_look_at(tmp_path: Path) -> None:
+    seen: list[float | None] = []
+
+    def look(trainer: Trainer, _: UpdateReport) -> bool:
+        seen.append(trainer.evaluation and trainer.evaluation.mean)
+        return len(seen) == 3
+
+    config = trainer_config(4).model_copy(update={"evaluation": EvaluationConfig(every_steps=128, episodes=2)})
+    run = Trainer(config, root=tmp_path, console=False, on_update=look).train().directory
+    recorded = float((run / "evaluations.csv").read_text().splitlines()[1].split(",")[1])
+    assert seen == [None, pytest.approx(recorded), pytest.approx(recorded)]  # as many digits as the file has

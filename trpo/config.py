@@ -216,7 +216,9 @@ class PolicyConfig(Settings):
 
 class AdamFitConfig(Settings):
     epochs: int = Field(10, ge=1, description="Passes over the batch per update.")
-    minibatch_size: int = Field(128, ge=1, description="Samples per Adam step, at least: a batch is split into equal parts.")
+    minibatch_size: int = Field(
+        128, ge=1, description="Samples per Adam step, at least: a batch is split into equal parts."
+    )
     learning_rate: Scheduled = Field(1e-3, description="Adam step size, constant or scheduled.")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.spaces.utils import flatdim
 from torch import Tensor
 
-from trpo.checkpoint import MANIFEST_FILE, checkpoint_paths, load_state, save_state
+from trpo.checkpoint import MANIFEST_FILE, load_state, newest_checkpoint, save_state
 from trpo.config import Config, EnvConfig, LearnedStdConfig
 from trpo.config_difference import config_difference
 from trpo.device import resolve_device
 from trpo.distributions import DiagonalGaussian, distribution_for
+from trpo.envs.returned import ReturnError, flattened, kind_of
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, gist, nearest_path
 from trpo.policy import Policy, build_policy
@@ -49,6 +52,7 @@ class SavedPolicy:
 
     policy: Policy
     config: Config
+    observation_space: spaces.Space[Any] | None  # as the environment declares it; None where nobody wrote it down
     action_space: spaces.Space[Any]
     info: dict[str, Any]  # env_steps, seed, evaluation figures
     path: Path  # the policy directory it was read from
@@ -74,14 +78,12 @@ class SavedPolicy:
             raise UntrustedCodeError(self.path, named, "policy.environment(trust_code=True)")
         return env
 
-    def act(
-        self, observation: np.ndarray, *, deterministic: bool = True, generator: torch.Generator | None = None
-    ) -> Any:
+    def act(self, observation: Any, *, deterministic: bool = True, generator: torch.Generator | None = None) -> Any:
         """Actions as the environment takes them: clipped to a Box space, counted from `start` in a Discrete one.
 
         Args:
-            observation: [D] or [N, D], flat (of all but a Box of one axis as `gymnasium.wrappers.FlattenObservation`
-                gives it), not normalised.
+            observation: as the environment gives it, a dict, say; or [D] or [N, D], flat (of all but a Box of one axis
+                as `gymnasium.wrappers.FlattenObservation` gives it). Not normalised.
             deterministic: the mode of the policy; otherwise a sample.
             generator: source of the samples, on the CPU; torch's own by default.
 
@@ -90,21 +92,10 @@ class SavedPolicy:
             along a first axis for [N, D].
 
         Raises:
-            ValueError: the observation has another shape.
+            ValueError: the observation is none of the environment's, nor flat.
             EnvError: the observation, or the action, is not finite.
         """
-        if isinstance(observation, dict):
-            raise ValueError(
-                "observation is a dict; wrap the environment in gymnasium.wrappers.FlattenObservation, whose "
-                "observations are those the policy was trained on"
-            )
-        observation = np.asarray(observation)
-        if observation.ndim not in (1, 2) or observation.shape[-1] != self.obs_dim:
-            expected = f"[{self.obs_dim}] or [N, {self.obs_dim}]"
-            raise ValueError(
-                f"observation has shape {list(observation.shape)}; expected {expected}, as the environment gives it in "
-                "gymnasium.wrappers.FlattenObservation"
-            )
+        observation = self._rows(observation)
         if not np.isfinite(observation).all():
             raise EnvError("the observation is not finite: the simulation diverged or the environment divides by zero")
         batch = torch.tensor(np.atleast_2d(observation)).to(self.policy.theta.vector.device)
@@ -115,6 +106,23 @@ class SavedPolicy:
         encoding = ActionEncoding.of(self.action_space)
         native = encoding.native(encoded.cpu().numpy())
         return encoding.batched(native) if observation.ndim == 2 else encoding.single(native[0])
+
+    def _rows(self, observation: Any) -> np.ndarray:
+        """[D] or [N, D]."""
+        parts = isinstance(self.observation_space, spaces.Tuple) and isinstance(observation, tuple | list)
+        if not (parts or isinstance(observation, Mapping)):
+            rows = np.asarray(observation)
+            if rows.ndim in (1, 2) and rows.shape[-1] == self.obs_dim:
+                return rows
+        expected = (
+            f"expected [{self.obs_dim}] or [N, {self.obs_dim}], as gymnasium.wrappers.FlattenObservation gives it"
+        )
+        if self.observation_space is None:
+            raise ValueError(f"the observation is {kind_of(observation)}; {expected}")
+        try:
+            return np.asarray(flattened(observation, self.observation_space))
+        except ReturnError as error:
+            raise ValueError(f"{expected}, or what the environment gives; one that gives this {error}") from error
 
     def copy_to(self, policy: Policy, config: Config, action_space: spaces.Space[Any]) -> None:
         """Gives another policy, built from `config`, all parameters and the observation statistics of this one.
@@ -155,9 +163,23 @@ def _shaping_settings(saved: Config, given: Config, action_space: spaces.Space[A
 
 
 def save_policy(
-    path: Path, policy: Policy, config: Config, action_space: spaces.Space[Any], info: dict[str, Any]
+    path: Path,
+    policy: Policy,
+    config: Config,
+    action_space: spaces.Space[Any],
+    info: dict[str, Any],
+    *,
+    observation_space: spaces.Space[Any] | None = None,
 ) -> None:
     """Writes a policy directory, replacing an older one safely.
+
+    Args:
+        path: the directory.
+        policy: what to save.
+        config: the settings it was built and trained with.
+        action_space: as its environment declares it.
+        info: figures, as JSON can hold them.
+        observation_space: as its environment declares it, for `SavedPolicy.act` to take what the environment gives.
 
     Raises:
         CheckpointError: the disk refuses; an older policy there is intact.
@@ -166,6 +188,7 @@ def save_policy(
         "kind": KIND,
         "config": config.model_dump(mode="json", by_alias=True),
         "obs_dim": policy.normalizer.moments.mean.shape[0],
+        "observation_space": observation_space and encode_space(observation_space),
         "action_space": encode_space(action_space),
         "policy": dict(policy.state_dict()),
         "info": info,
@@ -174,7 +197,7 @@ def save_policy(
 
 
 def load_policy(path: str | Path, *, device: str = "cpu", trust_code: bool = False) -> SavedPolicy:
-    """Opens a policy directory, or the `final/` (else `best/`) policy of a run directory.
+    """Opens a policy directory, a checkpoint, or a run directory: its `final/`, else `best/`, else newest checkpoint.
 
     Args:
         path: the directory.
@@ -216,10 +239,23 @@ def _read(path: Path) -> tuple[Path, dict[str, Any]]:
     """The directory of the policy that a path means, and what it holds."""
     directory = _policy_directory(path)
     state = load_state(directory)
-    kind = state.get("kind", "training checkpoint") if isinstance(state, dict) else "something else"
-    if kind != KIND:
-        raise CheckpointError(f"{directory} holds a {str(kind)[:40]!r}, not a policy; give a run or its final/")
+    with _one_kind_of_error(directory):
+        if {"agent", "counters"} <= state.keys():
+            return directory, _of_checkpoint(state)
+        if state.get("kind") != KIND:
+            raise ValueError("it holds something else; give a run, its final/ or a checkpoint")
     return directory, state
+
+
+def _of_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
+    """What `save_policy` would have written where a run wrote a checkpoint. Raises anything if it is none."""
+    policy = state["agent"]["policy"]
+    return {
+        **{key: state[key] for key in ("config", "observation_space", "action_space")},
+        "obs_dim": len(policy["normalizer.moments.mean"]),
+        "policy": policy,
+        "info": {"env_steps": state["counters"]["env_steps"], "seed": state["config"]["seed"]},
+    }
 
 
 @contextlib.contextmanager
@@ -237,7 +273,7 @@ def _config(state: dict[str, Any]) -> Config:
 
 
 def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
-    """An action space as plain data."""
+    """A space as plain data."""
     if isinstance(space, spaces.Box):
         return {"type": "Box", "low": space.low, "high": space.high, "dtype": str(space.dtype)}
     if isinstance(space, spaces.Discrete):
@@ -246,11 +282,15 @@ def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
         return {"type": "MultiDiscrete", "nvec": space.nvec, "start": space.start, "dtype": str(space.dtype)}
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else [int(n) for n in space.n]}
-    raise TypeError(f"no encoding for action space {space}")
+    if isinstance(space, spaces.Dict):  # in its order, which is that of the flat row
+        return {"type": "Dict", "spaces": [[key, encode_space(part)] for key, part in space.spaces.items()]}
+    if isinstance(space, spaces.Tuple):
+        return {"type": "Tuple", "spaces": [encode_space(part) for part in space.spaces]}
+    raise TypeError(f"no encoding for {space}")
 
 
 def decode_space(data: dict[str, Any]) -> spaces.Space[Any]:
-    """The action space `encode_space` described, equal to it; only these four types, looked up by name here."""
+    """The space `encode_space` described, equal to it; only these types, looked up by name here."""
     match data["type"]:
         case "Box":
             return spaces.Box(data["low"], data["high"], dtype=np.dtype(data["dtype"]).type)
@@ -262,7 +302,11 @@ def decode_space(data: dict[str, Any]) -> spaces.Space[Any]:
             return spaces.MultiDiscrete(data["nvec"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
         case "MultiBinary":
             return spaces.MultiBinary(data["n"])
-    raise CheckpointError(f"unknown action space {data['type']!r}")
+        case "Dict":
+            return spaces.Dict(OrderedDict((key, decode_space(part)) for key, part in data["spaces"]))
+        case "Tuple":
+            return spaces.Tuple([decode_space(part) for part in data["spaces"]])
+    raise CheckpointError(f"unknown space {data['type']!r}")
 
 
 def _policy_directory(path: Path) -> Path:
@@ -277,10 +321,10 @@ def _policy_directory(path: Path) -> Path:
     run = RunDirectory(path)
     if run.policies:
         return run.policies[0]
+    if (checkpoint := newest_checkpoint(run.checkpoints)) is not None:
+        return checkpoint[0]
     if run.config_file.exists():
-        begun = checkpoint_paths(run.checkpoints)
-        how = f"let it go on with train.py --resume {path}" if begun else "start a new one"
-        raise CheckpointError(f"the run {path} has saved no policy yet; {how}")
+        raise CheckpointError(f"the run {path} has saved neither a policy nor a checkpoint yet; start a new one")
     policies = [found for below in _directories(path) for found in RunDirectory(below).policies]
     newest = sorted(policies, key=lambda found: found.stat().st_mtime)[-1:]
     meant = did_you_mean(found.parent for found in newest)
@@ -301,18 +345,21 @@ def _restore(state: dict[str, Any], directory: Path, device: torch.device, trust
     if (body := config.policy.body) is not None and not trust_code:
         raise UntrustedCodeError(directory, f"policy.body ({body.name!r})", "load_policy(path, trust_code=True)")
     action_space = decode_space(state["action_space"])
+    observation_space = decode_space(state["observation_space"]) if state.get("observation_space") else None
     obs_dim, info = state["obs_dim"], state["info"]
     if type(obs_dim) is not int or not isinstance(info, dict):
         raise ValueError("its obs_dim or info has the wrong type")
+    if observation_space is not None and flatdim(observation_space) != obs_dim:
+        raise ValueError(f"its observations are {obs_dim} numbers, those of {observation_space} are not")
     _check_sizes(config, obs_dim, action_space, state["policy"])
-    observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+    rows = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
     generator = torch.Generator().manual_seed(0)  # the weights it draws are overwritten by the saved ones
-    policy = build_policy(config, observation_space, action_space, generator=generator, device=device)
+    policy = build_policy(config, rows, action_space, generator=generator, device=device)
     policy.load_state_dict(state["policy"])
     tensors = [*policy.parameters(), *policy.normalizer.buffers()]  # a buffer of a body's may be infinite, as masks are
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ValueError("it holds numbers that are not finite")
-    return SavedPolicy(policy, config, action_space, info, directory)
+    return SavedPolicy(policy, config, observation_space, action_space, info, directory)
 
 
 def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], tensors: dict[str, Tensor]) -> None:
@@ -337,9 +384,10 @@ def _settings_that_name_code(env: EnvConfig) -> Iterator[str]:
         yield f"env.id {env.id!r}"
     if env.wrappers:
         yield f"env.wrappers ({env.wrappers[0].name!r})"
-    for text in _texts(env.kwargs):
-        if ":" in text:  # some environments are built around another, whose id their arguments give
-            yield f"env.kwargs (which hold {text[:60]!r})"
+    for key, given in (("kwargs", env.kwargs), ("options", env.options)):
+        for text in _texts(given):
+            if ":" in text:  # some environments are built around another, whose id their arguments give
+                yield f"env.{key} (which hold {text[:60]!r})"
 
 
 def _texts(value: Any) -> Iterator[str]:

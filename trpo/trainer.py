@@ -38,7 +38,7 @@ from trpo.natural_gradient import StepReport
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.remarks import remarks
 from trpo.run_directory import RunDirectory, RunLock
-from trpo.saved_policy import load_policy, load_starting_policy, save_policy
+from trpo.saved_policy import encode_space, load_policy, load_starting_policy, save_policy
 from trpo.schedule import options_at
 from trpo.signals import caught_signals
 from trpo.timers import PhaseTimers
@@ -87,6 +87,7 @@ class Trainer:
             process only.
 
     Attributes:
+        evaluation: the latest one, in the leading process: for `on_update` to look at; None before the first.
         options: what every reset is given beside `env.options`, and over them: for a curriculum that follows what the
             policy can do, from `on_update`, in every process. Checkpoints hold it; evaluations are of `env.options`.
     """
@@ -109,6 +110,7 @@ class Trainer:
         self.updates = 0
         self.elapsed_s = 0.0
         self.best_return = -math.inf
+        self.evaluation: Evaluation | None = None
         self.skipped_updates = 0
         self.nonfinite_in_a_row = 0
         self.failed_saves_in_a_row = 0
@@ -153,6 +155,7 @@ class Trainer:
         if env.num_envs != len(self._seeds):
             raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(self._seeds)} here")
         self.action_space = env.single_action_space
+        self.observation_space = getattr(env, "unflattened_observation_space", None)  # not of all that is made by hand
         self.agent = Agent(
             config,
             env.single_observation_space,
@@ -429,6 +432,7 @@ class Trainer:
             cut = f"{result.cut} of {episodes} episodes were cut after {max(result.lengths)} steps"
             self._say(f"note: {cut}, evaluation.max_episode_steps: the environment has no time limit")
         self.elapsed_s += time.perf_counter() - started
+        self.evaluation = result
         self.writer.write_evaluation(result.metrics(), env_steps=self.env_steps)
         if result.mean > self.best_return:
             try:
@@ -470,7 +474,8 @@ class Trainer:
 
     def _save_policy(self, path: Path, result: Evaluation) -> None:
         info = {"env_steps": self.env_steps, "seed": self.config.seed, "evaluation": result.metrics()}
-        save_policy(path, self.agent.policy, self.config, self.action_space, info)
+        policy, config = self.agent.policy, self.config
+        save_policy(path, policy, config, self.action_space, info, observation_space=self.observation_space)
 
     def _save_checkpoint(self, *, episodes: bool = True) -> None:
         """`episodes`: whether the running ones can go on."""
@@ -496,6 +501,8 @@ class Trainer:
         local = {"collector": self.collector.state_dict(episodes), "agent": self.agent.local_state_dict()}
         return {
             "config": self.config.model_dump(mode="json", by_alias=True),
+            "observation_space": self.observation_space and encode_space(self.observation_space),
+            "action_space": encode_space(self.action_space),
             "agent": self.agent.state_dict(),
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "options": self.options,

@@ -36,6 +36,7 @@ class GymnasiumEnvs:
         self.num_envs = len(seeds)
         self.device = torch.device("cpu")
         self.single_observation_space = spaces.observation
+        self.unflattened_observation_space = spaces.unflattened
         self.single_action_space = spaces.action
         self._encoding = ActionEncoding.of(spaces.action)
         self._buffers = StepBuffers.allocate(spaces, self.num_envs)

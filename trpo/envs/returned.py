@@ -37,8 +37,13 @@ class Flattened(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstructorAr
         self.observation_space = flatten_space(self._space)
 
     def observation(self, observation: Any) -> Any:
-        _check(observation, self._space, "")
-        return flatten(self._space, observation)
+        return flattened(observation, self._space)
+
+
+def flattened(obs: Any, space: Space[Any]) -> Any:
+    """`obs` as a flat row [D], if it is of `space`."""
+    _check(obs, space, "")
+    return flatten(space, obs)
 
 
 def flat_observation(obs: Any, space: Box) -> Array:
@@ -46,7 +51,7 @@ def flat_observation(obs: Any, space: Box) -> Array:
     if type(obs) is np.ndarray and obs.shape == space.shape and obs.dtype == space.dtype:
         return obs
     raise ReturnError(
-        f"returned {_kind(obs)} as its observation, its observation_space says {space.dtype}{list(space.shape)}: "
+        f"returned {kind_of(obs)} as its observation, its observation_space says {space.dtype}{list(space.shape)}: "
         f"return np.asarray(obs, dtype=np.{space.dtype}) of that shape, or declare the space as it is"
     )
 
@@ -56,20 +61,20 @@ def scalar_reward(reward: Any) -> float:
         isinstance(reward, np.generic | np.ndarray) and reward.ndim == 0 and reward.dtype.kind in _SCALAR_KINDS
     ):
         return float(reward)
-    raise ReturnError(f"returned {_kind(reward)} as its reward: return a scalar, such as float(reward)")
+    raise ReturnError(f"returned {kind_of(reward)} as its reward: return a scalar, such as float(reward)")
 
 
 def flag(value: Any, name: str) -> bool:
     """`terminated` or `truncated`."""
     if isinstance(value, _FLAGS) or (isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "biu"):
         return bool(value)
-    raise ReturnError(f"returned {_kind(value)} as {name}: return True or False")
+    raise ReturnError(f"returned {kind_of(value)} as {name}: return True or False")
 
 
 def success_of(info: Any) -> float:
     """What the last step of an episode reports as its success, 0 to 1; NaN if nothing."""
     if not isinstance(info, Mapping):
-        raise ReturnError(f"returned {_kind(info)} as its info: return a dict")
+        raise ReturnError(f"returned {kind_of(info)} as its info: return a dict")
     first, second = SUCCESS_KEYS
     given = info.get(first)
     if given is None:
@@ -95,13 +100,13 @@ def _check(obs: Any, space: Space[Any], part: str) -> None:
     """
     if isinstance(space, Dict):
         if not isinstance(obs, Mapping) or obs.keys() != space.spaces.keys():
-            given = f"keys {sorted(obs, key=str)}" if isinstance(obs, Mapping) else _kind(obs)
+            given = f"keys {sorted(obs, key=str)}" if isinstance(obs, Mapping) else kind_of(obs)
             raise _unlike(given, part, f"a dict with the keys {sorted(space.spaces, key=str)}")
         for key, inner in space.spaces.items():
             _check(obs[key], inner, f"{part}[{key!r}]")
     elif isinstance(space, Tuple):
         if not isinstance(obs, tuple | list | np.ndarray) or len(obs) != len(space.spaces):
-            raise _unlike(_kind(obs), part, f"a tuple of {len(space.spaces)}")
+            raise _unlike(kind_of(obs), part, f"a tuple of {len(space.spaces)}")
         for i, inner in enumerate(space.spaces):
             _check(obs[i], inner, f"{part}[{i}]")
     else:
@@ -121,7 +126,7 @@ def _check_array(obs: Any, space: Space[Any], part: str) -> None:
     except ValueError:  # lists of different lengths
         fits = False
     if not fits:
-        raise _unlike(_kind(obs), part, f"{dtype}{list(space.shape or ())}")
+        raise _unlike(kind_of(obs), part, f"{dtype}{list(space.shape or ())}")
     if isinstance(space, Box):
         return
     lowest: Any = 0 if isinstance(space, MultiBinary) else space.start
@@ -147,7 +152,7 @@ def _unlike(given: str, part: str, expected: str) -> ReturnError:
     )
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if isinstance(value, np.ndarray | np.generic):
         return f"{value.dtype}{list(value.shape)}"
     if value is None:

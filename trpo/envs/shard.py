@@ -19,7 +19,7 @@ import numpy as np
 
 from trpo.config import EnvConfig
 from trpo.envs.replay import EpisodeLog, ReplayError, begin, needs_fresh_environment, random_state, replay
-from trpo.envs.returned import flag, flat_observation, scalar_reward, success_of
+from trpo.envs.returned import Flattened, flag, flat_observation, scalar_reward, success_of
 from trpo.envs.single import failure, make_single_env
 from trpo.envs.spaces import ActionEncoding, Array, row_space
 from trpo.envs.stagger import NEVER, first_episode_length
@@ -220,4 +220,6 @@ def check_same_spaces(expected: EnvSpaces, found: EnvSpaces, expected_index: int
 
 
 def _spaces_of(env: gymnasium.Env[Any, Any]) -> EnvSpaces:
-    return EnvSpaces(row_space(env.observation_space), env.observation_space, env.action_space)
+    space = env.observation_space
+    unflattened = env.env.observation_space if isinstance(env, Flattened) else space
+    return EnvSpaces(row_space(space), space, unflattened, env.action_space)

@@ -22,6 +22,7 @@ class EnvSpaces:
 
     observation: Box  # [D], as handed on
     declared: Space[Any]  # as the environment declares it; of an `EnvShard` a flat Box
+    unflattened: Space[Any]  # as it is before any flattening
     action: Space[Any]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Space
 from torch import Tensor
 
 from trpo.config import EnvConfig
@@ -41,6 +41,7 @@ class TorchEnvs:
         self.num_envs = len(seeds)
         self.device = device
         self.single_observation_space = task.observation_space
+        self.unflattened_observation_space: Space[Any] = task.observation_space
         self.single_action_space = task.action_space
         self._encoding = ActionEncoding.of(task.action_space)
         self._keys = stream_keys(seeds, device)

@@ -48,7 +48,8 @@ class VectorEnvAdapter:
         self.device = torch.device("cpu")
         self.single_observation_space = row_space(self._raw_space)
         self.single_action_space = vector_env.single_action_space
-        spaces = EnvSpaces(self.single_observation_space, self._raw_space, self.single_action_space)
+        self.unflattened_observation_space = self._raw_space
+        spaces = EnvSpaces(self.single_observation_space, self._raw_space, self._raw_space, self.single_action_space)
         self._buffers = StepBuffers.allocate(spaces, self.num_envs)
         self._step = Step.over(self._buffers)
         self._steps = 0

@@ -154,6 +154,7 @@ class WorkerEnvs:
         self._acted_in = self._buffers.reset_obs.copy()
         self._encoding = ActionEncoding.of(spaces.action)
         self.single_observation_space = spaces.observation
+        self.unflattened_observation_space = spaces.unflattened
         self.single_action_space = spaces.action
         self._all("map_memory", self._config.timeout_s, [(self.num_envs,)] * len(self._workers))
 
