@@ -7,8 +7,9 @@ computed from single batches, with several dampings, CG iterations and λ of GAE
 
     gᵀx at ½ xᵀFx = 0.01        first-order improvement of the mean advantage, in its standard deviations
 
-with g and F of all other rollouts, whose advantages are those of λ = 0.98. The same number of the batch itself, which
-is what the line search sees, stands beside it. Writes benchmarks/held_out.json and .md, or other files by --out.
+with g and F of 56 other rollouts, whose advantages are those of λ = 0.98, and whose spread gives the standard error.
+The same number of the batch itself, which is what the line search sees, stands beside it. Writes
+benchmarks/held_out.json and .md, or other files by --out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import math
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,9 +51,10 @@ def batches(trainer: Trainer) -> dict[float, list[Batch]]:
     found: dict[float, list[Batch]] = {lambda_: [] for lambda_ in LAMBDAS}
     for _ in range(TRAINED_ON + JUDGED_BY):
         rollout, _ = trainer.collector.collect()
+        samples = agent.scale(rollout)  # once: it counts what it scales
         for lambda_, some in found.items():
             agent.config = original.model_copy(update={"gae": original.gae.model_copy(update={"lambda_": lambda_})})
-            some.append(agent.prepare(rollout, progress=1.0)[0])
+            some.append(agent.estimate(samples, progress=1.0)[0])
     agent.config = original
     return found
 
@@ -75,9 +78,13 @@ class Quadratic:
 
         return conjugate_gradient(product, self.gradient, max_iterations=iterations).x
 
+    def at_kl(self, x: Tensor) -> Tensor:
+        """αx with ½ α²xᵀFx = KL."""
+        return x * (2 * KL / (x @ self.fisher(x))).sqrt()
+
     def gain(self, x: Tensor) -> float:
-        """gᵀ(αx) with ½ α²xᵀFx = KL."""
-        return math.sqrt(2 * KL) * float(self.gradient @ x / (x @ self.fisher(x)).sqrt())
+        """gᵀx at that KL."""
+        return float(self.gradient @ self.at_kl(x))
 
 
 def measure(trainer: Trainer) -> dict[str, Any]:
@@ -93,13 +100,22 @@ def measure(trainer: Trainer) -> dict[str, Any]:
             "held_out": sum(judge.gain(x) for _, x in steps) / len(steps),
         }
 
+    def standard_error() -> float:
+        """Of the held-out gain of the steps with the defaults, from its spread over rollouts.
+
+        Samples are not independent: environments have memories, and action noise may have one.
+        """
+        defaults = [single.direction(DEFAULT_DAMPING, DEFAULT_ITERATIONS) for single in singles]
+        step = torch.stack([judge.at_kl(x) for x in defaults]).mean(0)
+        gains = [float(Quadratic(policy, [batch]).gradient @ step) for batch in found[JUDGE_LAMBDA][TRAINED_ON:]]
+        return statistics.stdev(gains) / math.sqrt(len(gains))
+
     by_lambda = {lambda_: [Quadratic(policy, [b]) for b in some[:TRAINED_ON]] for lambda_, some in found.items()}
     return {
         "parameters": len(policy.theta.vector),
         "std": policy.std(),
         "judged_by": judge.samples,
-        # Of the held-out gain of one random direction: the advantages have variance 1.
-        "standard_error": math.sqrt(2 * KL / judge.samples),
+        "standard_error": standard_error(),
         "damping": {str(k): {str(d): both(singles, d, k) for d in DAMPINGS} for k in ITERATIONS},
         "lambda": {
             str(lambda_): both(some, DEFAULT_DAMPING, DEFAULT_ITERATIONS) for lambda_, some in by_lambda.items()

@@ -280,6 +280,22 @@ class TestSettings:
         with pytest.raises(EnvError, match=r"env.id: .*only Pendulum-v1 and CartPole-v1.* env.backend to gymnasium"):
             make(env_id)
 
+    def test_a_module_may_bring_a_task_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "slow_pole.py").write_text(
+            "from dataclasses import replace\n"
+            "from trpo.envs.torch_classic import TASKS\n"
+            "TASKS['SlowPole-v0'] = replace(TASKS['CartPole-v1'], time_limit=3)\n"
+        )
+        (tmp_path / "broken_pole.py").write_text("1 / 0")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(TASKS, "SlowPole-v0", None)  # taken back afterwards
+        envs = make("slow_pole:SlowPole-v0")
+        envs.reset()
+        ended = [envs.step(torch.zeros(5, 1, dtype=torch.int64)).truncated.all().item() for _ in range(3)]
+        assert ended == [False, False, True]
+        with pytest.raises(EnvError, match=r"env.id: the module 'broken_pole' cannot be imported: ZeroDivisionError"):
+            make("broken_pole:SlowPole-v0")
+
     def test_a_typo_names_what_was_meant(self) -> None:
         with pytest.raises(EnvError, match="did you mean CartPole-v1"):
             make("CartPool-v1")

@@ -121,7 +121,8 @@ def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
 
 def assert_finite(state: dict[str, Any]) -> None:
     """No NaN and no infinity anywhere in a checkpoint: networks, optimiser, statistics, environments, counters."""
-    learned = {**state, "counters": {**state["counters"], "best_return": 0.0}}  # −∞ before the first evaluation
+    # −∞ before the first evaluation; spaces may have no bounds.
+    learned = {**state, "counters": {**state["counters"], "best_return": 0.0}, "observation_space": {}}
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(learned))
 
 
@@ -234,8 +235,8 @@ def test_the_name_is_the_directorys_for_good(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_replayed_goes_on_with_new_episodes_and_says_so(tmp_path: Path) -> None:
-    run = train(config(), tmp_path, max_updates=1).directory
     wrapped = {"id": "CartPole-v1", "num_envs": 3, "wrappers": [{"name": "gymnasium.wrappers:NormalizeObservation"}]}
+    run = train(config(env=wrapped), tmp_path, max_updates=1).directory
     trainer = Trainer(config(env=wrapped), resume=run, console=False)
     log = (run / "log.txt").read_text()
     assert re.search(r"warning: environment \d did not come back .*; the run goes on with new episodes", log)

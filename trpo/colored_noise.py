@@ -11,9 +11,9 @@ class ColoredNoise:
 
     Each value is N(0, 1) by itself, so that the actions a policy takes are distributed as it says. But the state holds
     traces of the noise before, which tell of the noise to come: given the state, the score no longer averages to zero,
-    and the policy gradient is that of white noise only approximately. KL and Fisher matrix are functions of η and stay
-    exact. β = 0 is white, 1 pink; 0.5 served on-policy learning best in Hollenstein et al. 2024 (AAAI 38, "Colored
-    Noise in PPO").
+    and the policy gradient is that of white noise only approximately. Nor are the scores of neighbouring steps
+    independent, so that their sum scatters more. KL and Fisher matrix are functions of η and stay exact. β = 0 is
+    white, 1 pink; 0.5 served on-policy learning best in Hollenstein et al. 2024 (AAAI 38, "Colored Noise in PPO").
 
     Args:
         length: T, time steps; noise repeats itself after T steps, as a finite Fourier sum does.

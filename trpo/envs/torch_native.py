@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from trpo.envs.spaces import ActionEncoding
 from trpo.envs.stagger import first_episode_length
 from trpo.envs.torch_classic import TASKS, TorchTask
 from trpo.envs.torch_random import stream_keys, uniform
-from trpo.errors import EnvError
+from trpo.errors import EnvError, raised
 
 _DRAWN_AT_ONCE = 16  # steps for which new episodes are drawn together: a kernel started, not its work, is what costs
 
@@ -131,8 +132,14 @@ class TorchEnvs:
 
 
 def _task(config: EnvConfig) -> TorchTask:
-    if config.id not in TASKS:
-        near = difflib.get_close_matches(config.id, TASKS, n=1)
+    module, _, name = config.id.rpartition(":")
+    if module:  # which may have put a task of its own there
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise EnvError(f"env.id: the module {module!r} cannot be imported: {raised(error)}") from error
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {near[0]}? Otherwise " if near else ""
         there_is = " and ".join(TASKS)
         raise EnvError(
@@ -141,4 +148,4 @@ def _task(config: EnvConfig) -> TorchTask:
     for key in ("kwargs", "wrappers"):
         if getattr(config, key):
             raise EnvError(f"env.{key}: backend torch takes none; remove them, or set env.backend to gymnasium")
-    return TASKS[config.id]
+    return TASKS[name]

@@ -1,13 +1,13 @@
 """How many directions a step follows, damping given.
 
 In the natural metric every direction of θ whose eigenvalue f of F is well above λ carries the same noise, and those
-well below it none: the gradient of B samples has the noise covariance F/B (advantages standardised), so that along an
-eigenvector the step's share f/(f + λ) of its noise adds up to the effective dimension
+well below it none: the gradient of B independent samples has the noise covariance F/B (advantages standardised), so
+that along an eigenvector the step's share f/(f + λ) of its noise adds up to the effective dimension
 
     d(λ) = Σ f / (f + λ) = tr F (F + λI)⁻¹        (Zhang 2005)
 
 degrees of freedom that the step fits to B samples. With hundreds of observations, many actions and little damping there
-are more of them than samples.
+are more of them than samples. Action noise with a memory makes samples depend on each other, and the noise larger.
 """
 
 from __future__ import annotations
