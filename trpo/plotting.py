@@ -241,6 +241,7 @@ def draw(curves: Sequence[Curve], metric: str) -> Figure:
 
 def _draw_panel(axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) -> None:
     from matplotlib.ticker import EngFormatter
+    from matplotlib.transforms import offset_copy
 
     for index, (name, members) in enumerate(_grouped(curves, lambda curve: curve.name).items()):
         colour = f"C{index}"
@@ -265,7 +266,11 @@ def _draw_panel(axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) 
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)  # never over a curve
+    # Never over a curve, and below the axis' own texts however little room a long legend leaves the axes.
+    below = offset_copy(axes.transAxes, fig=axes.get_figure(root=True), y=-36, units="points")
+    axes.legend(
+        fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0, frameon=False
+    )
 
 
 def _grouped(curves: Iterable[Curve], key: Callable[[Curve], str]) -> dict[str, list[Curve]]:
