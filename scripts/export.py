@@ -16,7 +16,8 @@ def main() -> None:
     args = parser.parse_args()
     saved = load_policy(args.policy, trust_code=args.trust_code)
     export_onnx(saved, args.onnx)
-    print(f"{args.onnx}: the policy in {saved.path}; observation [N, {saved.obs_dim}] float32 → action [N, …]")
+    action = ", ".join(map(str, ("N", *(saved.action_space.shape or ()))))
+    print(f"{args.onnx}: the policy in {saved.path}; observation [N, {saved.obs_dim}] float32 → action [{action}]")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_our_work_is_that_of_everyone() -> None:
     """The bound on the joint KL, a Gaussian policy and all CG iterations, whatever the recipe."""
     updated = _Update(_config(UPDATE_TASK, {"num_envs": UPDATE_ENVS}))
     assert isinstance(updated.agent.policy.distribution, DiagonalGaussian)
-    assert all(updated.agent._kl_bound(progress) == MAX_KL for progress in (0.0, 1.0))
+    assert all(updated.agent.kl_bound(progress) == MAX_KL for progress in (0.0, 1.0))
     assert updated.measure(1, variants=False)["cg_iterations"] == CG_ITERATIONS
 
 

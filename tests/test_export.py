@@ -74,6 +74,7 @@ def test_the_model_says_what_it_is_and_nothing_about_this_machine(tmp_path):
     assert {item.key: item.value for item in model.metadata_props} == {
         "environment": "CartPole-v1",
         "env_steps": "4096",
+        "action_space": str(SPACES["box"]),
     }
     assert str(Path(export.__file__).parent).encode() not in (tmp_path / "policy.onnx").read_bytes()
 

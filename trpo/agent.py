@@ -167,7 +167,7 @@ class Agent:
                 else None,
             )
 
-    def _kl_bound(self, progress: float) -> float:
+    def kl_bound(self, progress: float) -> float:
         """δ of the joint KL."""
         settings = self.config.natural_gradient
         dimensions = self.policy.distribution.action_dim if settings.max_kl_per_dimension else 1
@@ -192,7 +192,7 @@ class Agent:
             return trust_region_step(
                 self.policy,
                 batch,
-                max_kl=self._kl_bound(progress),
+                max_kl=self.kl_bound(progress),
                 settings=self.config.natural_gradient,
                 all_sum=self.group.all_sum,
                 generator=self.fisher_generator,

@@ -29,7 +29,8 @@ def export_onnx(saved: SavedPolicy, path: Path) -> None:
     """Writes the deterministic policy as an ONNX model.
 
     Input `observation` [N, D] float32, as the environment gives it; output `action` [N, …] as the environment takes it:
-    clipped to a Box space, counted from `start` in a Discrete one, in the space's shape and dtype. N is free.
+    clipped to a Box space, counted from `start` in a Discrete one, in the space's shape and dtype. N is free. The
+    metadata has both spaces: a dict or tuple is flattened in the order in which its space has the parts.
 
     The model is run on random and extreme observations and compared with `SavedPolicy.act` before it is moved to
     `path`, over what may be there; on any error nothing is left.
@@ -111,8 +112,15 @@ def _write(saved: SavedPolicy, file: Path) -> None:
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # the exporter's stack traces, with the paths of this machine
-    for key, value in (("environment", saved.config.env.id), ("env_steps", str(saved.info.get("env_steps")))):
-        model.metadata_props.add(key=key, value=value)
+    about = {
+        "environment": saved.config.env.id,
+        "env_steps": saved.info.get("env_steps"),
+        "observation_space": saved.observation_space,  # of which `observation` has the parts in this order
+        "action_space": saved.action_space,
+    }
+    for key, value in about.items():
+        if value is not None:
+            model.metadata_props.add(key=key, value=str(value))
     file.write_bytes(model.SerializeToString())
 
 

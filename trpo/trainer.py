@@ -213,6 +213,9 @@ class Trainer:
             if changed:
                 self.run.change_config(self.config)
                 self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
+                if _any_of(("total_steps",), changed):
+                    bound = self.agent.kl_bound(self.progress)
+                    self._say(f"note: schedules run to the new end; the KL of the next update may be {bound:.3g}")
                 if _any_of(EVALUATIONS_OF, changed):
                     self._say("note: evaluations are of another task from now on, and the first of them replaces best/")
         if self._origin is not None:
