@@ -86,6 +86,7 @@ def _report(saved: SavedPolicy, env: EnvConfig, result: Evaluation, args: argpar
         "returns": result.returns,
         "lengths": result.lengths,
         "successes": result.successes,
+        "info": result.info,
         "cut": result.cut,
     }
 

@@ -284,7 +284,8 @@ class Told(gymnasium.Env[Any, Any]):
 
     def step(self, action: Any) -> Any:
         self.steps += 1
-        return np.array([self.x, self.steps]), self.x * self.times, False, self.steps == 5, {}
+        info = {"x squared": self.x**2, "text": "far", "sometimes": np.float32(2.0) if self.x > 1 else None}
+        return np.array([self.x, self.steps]), self.x * self.times, False, self.steps == 5, info
 
 
 for _class in (

@@ -409,6 +409,7 @@ def test_command_prints_nothing_but_one_json_object(cartpole, tmp_path):
         "returns": result.returns,
         "lengths": result.lengths,
         "successes": result.successes,
+        "info": {},
         "cut": 0,
     }
     assert video.stat().st_size > 0

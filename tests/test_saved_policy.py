@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 import inspect
 import os
 import sys
@@ -179,6 +180,7 @@ UNFLAT: dict[str, spaces.Space[Any]] = {
     ),
     "tuple": spaces.Tuple([spaces.Box(-1, 1, (3,)), spaces.MultiDiscrete([2, 3])]),
     "discrete": spaces.Discrete(4),
+    "row": spaces.Box(-1, 1, (1, 3)),
     "picture": spaces.Box(0, 255, (3, 2, 1), np.uint8),
 }
 
@@ -196,12 +198,23 @@ def test_act_takes_what_the_environment_gives(observes, tmp_path):
         obs = space.sample()
         flat = np.asarray(gymnasium.spaces.flatten(space, obs))
         assert flat.shape == (rows,) and np.array_equal(loaded.act(obs), loaded.act(flat))
+        assert loaded.act(obs).shape == SPACES["box"].shape  # no batch of one
     if observes == "dict":
         with pytest.raises(ValueError, match=r"expected \[11\] .*keys \['at', 'speed'\].*says a dict with the keys"):
             loaded.act({key: part for key, part in obs.items() if key != "grid"})
     else:
         with pytest.raises(ValueError, match="FlattenObservation"):
             loaded.act({"position": flat})
+
+
+def test_parts_named_by_what_is_no_text_are_not_written_down(tmp_path):
+    class Part(enum.StrEnum):
+        ARM = "arm"
+
+    space = spaces.Dict({Part.ARM: spaces.Box(-1, 1, (OBS_DIM,))})
+    policy = random_policy(config_for(), OBS_DIM, SPACES["box"])
+    save_policy(tmp_path / "p", policy, config_for(), SPACES["box"], {}, observation_space=space)
+    assert load_policy(tmp_path / "p").observation_space is None
 
 
 def test_an_observation_space_of_another_size_is_a_checkpoint_error(tmp_path):
@@ -240,7 +253,7 @@ def test_what_is_no_policy_is_said_in_one_line(tmp_path):
         ".": "holds no policy[^?]*$",
         "empty": "holds no policy",
         "run": "step-000000001 is not a policy .*it holds something else; give a run",
-        "crashed": "neither a policy nor a checkpoint yet; start a new one",
+        "crashed": "neither a policy nor a checkpoint; start a new one",
         "run/config.yaml": "is a file",
         "checkpoint": "it holds something else; give a run, its final/ or a checkpoint",
     }.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trpo.batch import Rollout
 from trpo.colored_noise import ColoredNoise
-from trpo.envs.contract import BatchEnv, Step
+from trpo.envs.contract import BatchEnv, Step, check_env_count
 from trpo.errors import EnvError
 from trpo.policy import Policy
 
@@ -24,6 +24,7 @@ class Episodes:
     returns: list[float]  # sums of unscaled rewards
     lengths: list[int]  # environment steps
     successes: list[float]  # only of episodes that reported one
+    info: dict[str, list[float]] = field(default_factory=dict)  # by name of `env.info`, of those that reported it
 
 
 class Collector:
@@ -43,6 +44,7 @@ class Collector:
             numbers do not depend on how environments are spread over processes.
         staggered: the environments cut first episodes (`envs/stagger.py`), which are then not reported, not even those
             that ended by themselves: only early failures would be left to see.
+        info: names of the columns of `Step.info`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Collector:
         shard: slice | None = None,
         total_envs: int | None = None,
         staggered: bool = False,
+        info: Sequence[str] = (),
     ):
         self.env = env
         self.policy = policy
@@ -68,6 +71,8 @@ class Collector:
         self.noise = torch.empty(0)
         self._buffers = _buffers(env, policy, length, self.obs)
         self._success = torch.full((length, env.num_envs), torch.nan, device=env.device)
+        self._info_names = tuple(info)
+        self._info = torch.full((length, env.num_envs, len(info)), torch.nan, dtype=torch.float64, device=env.device)
         self._running_return = torch.zeros(env.num_envs, dtype=torch.float64)
         self._running_length = torch.zeros(env.num_envs, dtype=torch.int64)
         self.staggered = staggered
@@ -85,6 +90,7 @@ class Collector:
         white = self.policy.noise(*shape, generator=self.generator).to(self.policy.theta.vector.device)
         self.noise = self._color(white)[:, self.shard]
         self._success.fill_(torch.nan)
+        self._info.fill_(torch.nan)
         act = self.policy.actor(out.obs, self.noise, out.action)
         parts = [*(getattr(out, field.name) for field in fields(Rollout)), self._success]
         obs = self.obs
@@ -97,6 +103,8 @@ class Collector:
                 _store(row, step)
                 if step.success is not None:
                     success.copy_(step.success)
+                if self._info_names and step.info is not None:
+                    self._info[t].copy_(step.info)
                 obs = step.reset_obs
             _check_finite(out)
         except BaseException:  # who goes on all the same has episodes of which a part was counted nowhere
@@ -125,26 +133,30 @@ class Collector:
         steps = rollout.valid.cpu().long().cumsum(0)
         done = (rollout.terminated | rollout.truncated).cpu()
         valid = rollout.valid.cpu()
-        success = self._success.cpu()
+        success, info = self._success.cpu(), self._info.cpu()
         returns, lengths, successes = [], [], []
+        reported: dict[str, list[float]] = {name: [] for name in self._info_names}
         start_return, start_length = (-self._running_return).tolist(), (-self._running_length).tolist()
         left_out = self._left_out.tolist()
         t, n = done.nonzero(as_tuple=True)
         # Plain numbers from here on: a rollout of many environments ends thousands of episodes.
-        at_end = (x[t, n].tolist() for x in (total, steps, valid, success))
-        for i, total_i, steps_i, valid_i, success_i in zip(n.tolist(), *at_end, strict=True):
+        at_end = (x[t, n].tolist() for x in (total, steps, valid, success, info))
+        for i, total_i, steps_i, valid_i, success_i, info_i in zip(n.tolist(), *at_end, strict=True):
             # Not valid: the episode was cut by a lost worker, and nobody knows how it would have ended.
             if valid_i and not left_out[i]:
                 returns.append(total_i - start_return[i])
                 lengths.append(steps_i - start_length[i])
                 if not math.isnan(success_i):
                     successes.append(success_i)
+                for name, number in zip(self._info_names, info_i, strict=True):
+                    if not math.isnan(number):
+                        reported[name].append(number)
             start_return[i], start_length[i] = total_i, steps_i
             left_out[i] = self.staggered and not valid_i  # what follows a loss is cut like a first episode
         self._left_out = torch.tensor(left_out)
         self._running_return = total[-1] - torch.tensor(start_return, dtype=torch.float64)
         self._running_length = steps[-1] - torch.tensor(start_length)
-        return Episodes(returns, lengths, successes)
+        return Episodes(returns, lengths, successes, reported)
 
     def state_dict(self, episodes: bool = True) -> dict[str, Any]:
         """Environments, running episodes and the noise generator: enough to go on to the bit.
@@ -161,6 +173,7 @@ class Collector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_env_count(state["running_length"], self.env.num_envs)
         if state["env"] is not None:  # else the episodes are those that this collector began with
             self.obs = self.env.load_state_dict(state["env"]).clone()
         # If not, the environments began new episodes, of which nothing has happened yet.

@@ -56,7 +56,7 @@ class OptionSchedule(Schedule):
 
 def is_schedule(option: object) -> bool:
     """Whether one of `env.options` is a schedule, and no other mapping."""
-    return isinstance(option, dict) and bool({"start", "end"} & option.keys())
+    return isinstance(option, Schedule) or (isinstance(option, dict) and bool({"start", "end"} & option.keys()))
 
 
 def _kind(value: object) -> str:
@@ -104,7 +104,7 @@ class EnvConfig(Settings):
         "auto",
         description="`gymnasium`: in this process; `gymnasium-async`: in worker processes; `mujoco`: Gymnasium's own "
         "MuJoCo tasks (v5) in threads, with the same numbers; `envpool`: in threads, by that package; `torch`: "
-        "Pendulum-v1 and CartPole-v1 on `device`; `auto`: `mujoco` where it can, else `gymnasium`.",
+        "Pendulum-v1, CartPole-v1 and tasks of your own on `device`; `auto`: `mujoco` where it can, else `gymnasium`.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of `gymnasium.make`.")
     wrappers: Annotated[tuple[WrapperConfig, ...], Field(strict=False)] = Field(
@@ -112,8 +112,14 @@ class EnvConfig(Settings):
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="What every `reset` is given as its `options`. A number may be scheduled, as a curriculum: "
-        "`{start: 0.1, end: 1.0}`; evaluations take what it is at the end.",
+        description="What every `reset` is given as its `options`. A number may be scheduled, as a curriculum: a "
+        "mapping with `start` or `end` is a schedule, `{start: 0.1, end: 1.0}`, and gives floats; evaluations take "
+        "its end.",
+    )
+    info: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="Names of numbers in the last `info` of an episode, averaged over episodes as `rollout/info/…` and "
+        "`eval/info/…`; where one is missing, the episode is left out.",
     )
     stagger: bool = Field(
         True,
@@ -132,7 +138,7 @@ class EnvConfig(Settings):
     @model_validator(mode="after")
     def _options_are_values_or_schedules(self) -> Self:
         for name, value in self.options.items():
-            if is_schedule(value):
+            if is_schedule(value) and not isinstance(value, Schedule):
                 try:
                     OptionSchedule.model_validate(value)
                 except ValidationError as error:

@@ -61,7 +61,7 @@ def without_effect(config: Config) -> list[str]:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    return config.model_dump(by_alias=True)
+    return config.model_dump(mode="json", by_alias=True)
 
 
 def _at(settings: dict[str, Any], key: str) -> Any:

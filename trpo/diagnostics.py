@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from trpo.agent import UpdateReport
@@ -14,30 +15,45 @@ WINDOW = 100  # episodes in the running means, as users know it from other libra
 
 
 class RecentEpisodes:
-    """Running means over the last episodes."""
+    """Running means over the last episodes; `info`: names of `env.info`."""
 
-    def __init__(self) -> None:
+    def __init__(self, info: Sequence[str] = ()) -> None:
         self.returns: deque[float] = deque(maxlen=WINDOW)
         self.lengths: deque[float] = deque(maxlen=WINDOW)
         self.successes: deque[float] = deque(maxlen=WINDOW)
+        self.info: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in info}
 
     def add(self, episodes: Episodes) -> None:
         self.returns.extend(episodes.returns)
         self.lengths.extend(episodes.lengths)
         self.successes.extend(episodes.successes)
+        for name, window in self.info.items():
+            window.extend(episodes.info[name])
 
     def metrics(self) -> dict[str, float | None]:
         """None where no episode has ended yet."""
-        windows = {"ep_rew_mean": self.returns, "ep_len_mean": self.lengths, "success_rate": self.successes}
+        windows = {
+            "ep_rew_mean": self.returns,
+            "ep_len_mean": self.lengths,
+            "success_rate": self.successes,
+            **{f"info/{name}": window for name, window in self.info.items()},
+        }
         return {f"rollout/{name}": statistics.fmean(window) if window else None for name, window in windows.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: list(window) for name, window in vars(self).items()}
+        info = {name: list(window) for name, window in self.info.items()}
+        return {**{name: list(window) for name, window in self._windows().items()}, "info": info}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, window in vars(self).items():
+        for name, window in self._windows().items():
             window.clear()
             window.extend(state[name])
+        for name, window in self.info.items():
+            window.clear()
+            window.extend(state["info"].get(name, ()))  # none of a name that is new
+
+    def _windows(self) -> dict[str, deque[float]]:
+        return {"returns": self.returns, "lengths": self.lengths, "successes": self.successes}
 
 
 def update_metrics(report: UpdateReport) -> dict[str, float | None]:

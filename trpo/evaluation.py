@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import statistics
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 from trpo.config import EnvConfig
 from trpo.envs import make_single_env
 from trpo.envs.mujoco_batch import Simulations, simulations_beside
-from trpo.envs.returned import ReturnError, flag, flat_observation, scalar_reward, success_of
+from trpo.envs.returned import ReturnError, flag, flat_observation, numbers_of, scalar_reward, success_of
 from trpo.envs.single import failure
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
@@ -38,6 +39,7 @@ class Evaluation:
     lengths: list[int]
     successes: list[float] = field(default_factory=list)
     cut: int = 0  # episodes that would have gone on: the environment has no time limit
+    info: dict[str, list[float]] = field(default_factory=dict)  # by name of `env.info`, where reported
 
     @property
     def mean(self) -> float:
@@ -67,6 +69,7 @@ class Evaluation:
         }
         if self.successes:
             out["eval/success_rate"] = statistics.fmean(self.successes)
+        out |= {f"eval/info/{name}": statistics.fmean(numbers) for name, numbers in self.info.items() if numbers}
         if self.cut:
             out["eval/cut_episodes"] = float(self.cut)
         return out
@@ -74,9 +77,10 @@ class Evaluation:
     def __str__(self) -> str:
         cut = f", {self.cut} of them cut after {max(self.lengths)} steps" if self.cut else ""
         success = f", success {statistics.fmean(self.successes):.0%}" if self.successes else ""
+        info = "".join(f", {name} {statistics.fmean(given):.4g}" for name, given in self.info.items() if given)
         return (
             f"return {self.mean:.1f} ± {self.std:.1f} (median {self.median:.1f}), "
-            f"length {self.mean_length:.0f}, {len(self.returns)} episodes{cut}{success}"
+            f"length {self.mean_length:.0f}, {len(self.returns)} episodes{cut}{success}{info}"
         )
 
 
@@ -128,6 +132,7 @@ def evaluate(
     returns: list[float] = []
     lengths: list[int] = []
     successes: list[float] = []
+    info: dict[str, list[float]] = {name: [] for name in env_config.info}
     cut = 0
     for first in range(0, episodes, at_once):
         part = _side_by_side(
@@ -144,7 +149,9 @@ def evaluate(
         lengths += part.lengths
         successes += part.successes
         cut += part.cut
-    return Evaluation(returns, lengths, successes, cut)
+        for name, numbers in info.items():
+            numbers += part.info[name]
+    return Evaluation(returns, lengths, successes, cut, info)
 
 
 def check_environment(policy: Policy, env_config: EnvConfig, action_space: spaces.Space[Any]) -> None:
@@ -180,8 +187,7 @@ def _side_by_side(
         first = next(iter(envs.values()))
         _check_spaces(policy, first, action_space)
         with VideoWriter(video, first) as frames:
-            options = options_at(env_config.options, 1.0)
-            episodes = {row: _Episode(env, seeds[row], options, max_episode_steps) for row, env in envs.items()}
+            episodes = {row: _Episode(env, env_config, seeds[row], max_episode_steps) for row, env in envs.items()}
             simulations = simulations_beside(env_config, first, len(envs))
             together = _Together(simulations, envs) if simulations else None
             return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames, together)
@@ -213,6 +219,10 @@ def _run(actor: _Actor, episodes: dict[int, _Episode], frames: VideoWriter, toge
         [episode.length for episode in done],
         [episode.success for episode in done if not math.isnan(episode.success)],
         sum(episode.cut for episode in done),
+        {
+            name: [number for episode in done if not math.isnan(number := episode.info[name])]
+            for name in next(iter(done)).info
+        },
     )
 
 
@@ -258,10 +268,10 @@ class _Together:
 class _Episode:
     """One episode of one environment, its reward summed."""
 
-    def __init__(self, env: gymnasium.Env[Any, Any], seed: int, options: dict[str, Any], max_steps: int):
+    def __init__(self, env: gymnasium.Env[Any, Any], config: EnvConfig, seed: int, max_steps: int):
         self.env = env
         self.seed = seed
-        self.options = options
+        self.options = copy.deepcopy(options_at(config.options, 1.0))  # the environment's to change
         self._space: Any = env.observation_space
         has_time_limit = env.spec is not None and env.spec.max_episode_steps is not None
         self.max_steps = math.inf if has_time_limit else max_steps
@@ -270,11 +280,12 @@ class _Episode:
         self.over = False
         self.cut = False
         self.success = math.nan  # where the environment does not report it
+        self.info = dict.fromkeys(config.info, math.nan)
 
     def reset(self) -> Any:
         """First observation [D]."""
         with self._raising_one_kind():
-            obs, _ = self.env.reset(seed=self.seed, options={**self.options} or None)
+            obs, _ = self.env.reset(seed=self.seed, options=self.options or None)
             return self._observation(obs)
 
     def step(self, action: Any, outcome: _Outcome | None = None) -> Any:
@@ -289,6 +300,7 @@ class _Episode:
             self.over = ended or self.cut
             if self.over:
                 self.success = success_of(info)
+                self.info = dict(zip(self.info, numbers_of(info, [*self.info]), strict=True))
             return self._observation(obs)
 
     @contextlib.contextmanager

@@ -44,8 +44,7 @@ def export_onnx(saved: SavedPolicy, path: Path) -> None:
         with whole_file(path) as file:
             with _saying("torch cannot write this policy as an ONNX model"):
                 _write(saved, file)
-            with _saying("onnxruntime cannot run the model"):
-                problem = _difference(saved, file.read_bytes())
+            problem = _difference(saved, file.read_bytes())
             if problem:
                 raise UserError(f"not exported: the ONNX model does not act as the policy does ({problem})")
     except OSError as error:
@@ -151,14 +150,16 @@ def _difference(saved: SavedPolicy, model: bytes) -> str | None:
     """How the model's actions differ from the policy's; None if they do not."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    with _saying("onnxruntime cannot run the model"):
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()]
     if names != (["observation"], ["action"]):
         return f"its inputs and outputs are {names}"
     generator = np.random.default_rng(0)
     for rows in CHECK_SIZES:
         obs = _observations(saved, rows, generator)
-        (action,) = session.run(None, {"observation": obs})
+        with _saying("onnxruntime cannot run the model"):
+            (action,) = session.run(None, {"observation": obs})
         expected = saved.act(obs)
         if action.shape != expected.shape or action.dtype != expected.dtype:
             return f"{action.dtype}{list(action.shape)} instead of {expected.dtype}{list(expected.shape)}"

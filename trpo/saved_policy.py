@@ -22,13 +22,13 @@ from gymnasium import spaces
 from gymnasium.spaces.utils import flatdim
 from torch import Tensor
 
-from trpo.checkpoint import MANIFEST_FILE, load_state, newest_checkpoint, save_state
+from trpo.checkpoint import MANIFEST_FILE, checkpoint_paths, load_state, newest_checkpoint, save_state
 from trpo.config import Config, EnvConfig, LearnedStdConfig
 from trpo.config_difference import config_difference
 from trpo.device import resolve_device
 from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.returned import ReturnError, flattened, kind_of
-from trpo.envs.spaces import ActionEncoding
+from trpo.envs.spaces import ActionEncoding, is_flat
 from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, gist, nearest_path
 from trpo.policy import Policy, build_policy
 from trpo.run_directory import RunDirectory
@@ -109,20 +109,18 @@ class SavedPolicy:
 
     def _rows(self, observation: Any) -> np.ndarray:
         """[D] or [N, D]."""
-        parts = isinstance(self.observation_space, spaces.Tuple) and isinstance(observation, tuple | list)
-        if not (parts or isinstance(observation, Mapping)):
+        space, problem = self.observation_space, ""
+        if space is not None and not is_flat(space):
+            try:
+                return np.asarray(flattened(observation, space))
+            except ReturnError as error:
+                problem = f", or as the environment does: it {error}"
+        if not isinstance(observation, Mapping):
             rows = np.asarray(observation)
             if rows.ndim in (1, 2) and rows.shape[-1] == self.obs_dim:
                 return rows
-        expected = (
-            f"expected [{self.obs_dim}] or [N, {self.obs_dim}], as gymnasium.wrappers.FlattenObservation gives it"
-        )
-        if self.observation_space is None:
-            raise ValueError(f"the observation is {kind_of(observation)}; {expected}")
-        try:
-            return np.asarray(flattened(observation, self.observation_space))
-        except ReturnError as error:
-            raise ValueError(f"{expected}, or what the environment gives; one that gives this {error}") from error
+        flat = f"[{self.obs_dim}] or [N, {self.obs_dim}], as gymnasium.wrappers.FlattenObservation gives it"
+        raise ValueError(f"the observation is {kind_of(observation)}; expected {flat}{problem}")
 
     def copy_to(self, policy: Policy, config: Config, action_space: spaces.Space[Any]) -> None:
         """Gives another policy, built from `config`, all parameters and the observation statistics of this one.
@@ -188,7 +186,7 @@ def save_policy(
         "kind": KIND,
         "config": config.model_dump(mode="json", by_alias=True),
         "obs_dim": policy.normalizer.moments.mean.shape[0],
-        "observation_space": observation_space and encode_space(observation_space),
+        "observation_space": encode_observation_space(observation_space),
         "action_space": encode_space(action_space),
         "policy": dict(policy.state_dict()),
         "info": info,
@@ -237,12 +235,13 @@ def load_starting_policy(path: str | Path, config: Config) -> SavedPolicy:
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
     """The directory of the policy that a path means, and what it holds."""
-    directory = _policy_directory(path)
-    state = load_state(directory)
+    directory, state = _policy_directory(path)
+    if state is None:
+        state = load_state(directory)
     with _one_kind_of_error(directory):
-        if {"agent", "counters"} <= state.keys():
+        if isinstance(state, dict) and {"agent", "counters"} <= state.keys():
             return directory, _of_checkpoint(state)
-        if state.get("kind") != KIND:
+        if not isinstance(state, dict) or state.get("kind") != KIND:
             raise ValueError("it holds something else; give a run, its final/ or a checkpoint")
     return directory, state
 
@@ -272,6 +271,14 @@ def _config(state: dict[str, Any]) -> Config:
     return Config.model_validate_json(json.dumps(state["config"]))
 
 
+def encode_observation_space(space: spaces.Space[Any] | None) -> dict[str, Any] | None:
+    """`encode_space`, or None where nobody wrote the space down, or its keys are no text."""
+    try:
+        return None if space is None else encode_space(space)
+    except TypeError:
+        return None
+
+
 def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
     """A space as plain data."""
     if isinstance(space, spaces.Box):
@@ -282,7 +289,8 @@ def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
         return {"type": "MultiDiscrete", "nvec": space.nvec, "start": space.start, "dtype": str(space.dtype)}
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else [int(n) for n in space.n]}
-    if isinstance(space, spaces.Dict):  # in its order, which is that of the flat row
+    if isinstance(space, spaces.Dict) and all(type(key) is str for key in space.spaces):
+        # In its order, which is that of the flat row.
         return {"type": "Dict", "spaces": [[key, encode_space(part)] for key, part in space.spaces.items()]}
     if isinstance(space, spaces.Tuple):
         return {"type": "Tuple", "spaces": [encode_space(part) for part in space.spaces]}
@@ -309,22 +317,23 @@ def decode_space(data: dict[str, Any]) -> spaces.Space[Any]:
     raise CheckpointError(f"unknown space {data['type']!r}")
 
 
-def _policy_directory(path: Path) -> Path:
-    """`path` itself if it is a policy, else the one to take of the run at `path`."""
+def _policy_directory(path: Path) -> tuple[Path, Any]:
+    """`path` itself if it is a policy, else the one to take of the run at `path`; what it holds, if that was read."""
     if not path.exists():
         meant = nearest_path(path, _directories(path.parent))
         raise CheckpointError(f"{path}: no such file or directory; give a run directory or a saved policy{meant}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a run directory or a saved policy, which is a directory too")
     if (path / MANIFEST_FILE).exists():
-        return path
+        return path, None
     run = RunDirectory(path)
     if run.policies:
-        return run.policies[0]
+        return run.policies[0], None
     if (checkpoint := newest_checkpoint(run.checkpoints)) is not None:
-        return checkpoint[0]
+        return checkpoint
     if run.config_file.exists():
-        raise CheckpointError(f"the run {path} has saved neither a policy nor a checkpoint yet; start a new one")
+        damaged = " that is whole" if checkpoint_paths(run.checkpoints) else ""
+        raise CheckpointError(f"the run {path} has neither a policy nor a checkpoint{damaged}; start a new one")
     policies = [found for below in _directories(path) for found in RunDirectory(below).policies]
     newest = sorted(policies, key=lambda found: found.stat().st_mtime)[-1:]
     meant = did_you_mean(found.parent for found in newest)

@@ -25,10 +25,13 @@ def value_at(setting: float | Schedule, progress: float) -> float:
 
 def options_at(options: Mapping[str, Any], progress: float) -> dict[str, Any]:
     """The `env.options` at progress p ∈ [0, 1]: those that are schedules by `value_at`, the others as they are."""
-    return {
-        name: value_at(OptionSchedule.model_validate(value), progress) if is_schedule(value) else value
-        for name, value in options.items()
-    }
+    return {name: _option_at(value, progress) if is_schedule(value) else value for name, value in options.items()}
+
+
+def _option_at(value: Any, progress: float) -> float:
+    schedule = value if isinstance(value, Schedule) else OptionSchedule.model_validate(value)
+    # Not by a rounding beyond the end, which may be the largest that an environment takes.
+    return schedule.end if progress == 1 else value_at(schedule, progress)
 
 
 def cooldown(share: float, progress: float) -> float:

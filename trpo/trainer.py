@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from trpo.device import training_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
-from trpo.envs.contract import NEW_EPISODES, BatchEnv, TakesOptions
+from trpo.envs.contract import NEW_EPISODES, BatchEnv
 from trpo.envs.shard import restart_seed
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist
 from trpo.evaluation import Evaluation, check_environment, evaluate
@@ -38,9 +39,16 @@ from trpo.natural_gradient import StepReport
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.remarks import remarks
 from trpo.run_directory import RunDirectory, RunLock
-from trpo.saved_policy import encode_space, load_policy, load_starting_policy, save_policy
+from trpo.saved_policy import (
+    encode_observation_space,
+    encode_space,
+    load_policy,
+    load_starting_policy,
+    save_policy,
+)
 from trpo.schedule import options_at
 from trpo.signals import caught_signals
+from trpo.state_tree import encode
 from trpo.timers import PhaseTimers
 from trpo.video import VideoError, try_recording
 
@@ -50,8 +58,6 @@ FIXED = {  # settings of a run for good
     "name": "whose directory has it",
     "seed": "whose random streams go on",
 }
-EPISODES_OF = ("env.id", "env.kwargs", "env.wrappers")  # settings that make other episodes of the same actions
-EVALUATIONS_OF = (*EPISODES_OF, "env.options", "evaluation.max_episode_steps")  # … and other returns of the same policy
 COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
 
 
@@ -82,14 +88,16 @@ class Trainer:
         env: environments made by hand, as many as this process's share, in place of those `config.env` describes;
             the evaluations are still of `config.env`.
         on_update: called in every process after each update, with this trainer and the update's report. Metrics are
-            written by then, and so are evaluation and checkpoint, except the last ones of the run. True, from any
-            process, stops the run as a signal would. What it raises ends the run, with a checkpoint if there is one
-            process only.
+            written by then, and so is an evaluation that was due, but for the last one of the run; a checkpoint that is
+            due follows. True, from any process, stops the run as a signal would. What it raises ends the run, with a
+            checkpoint if there is one process only.
 
     Attributes:
-        evaluation: the latest one, in the leading process: for `on_update` to look at; None before the first.
+        evaluation: the latest one, in the leading process, for `on_update` to look at; None before the first, or the
+            first of another task.
         options: what every reset is given beside `env.options`, and over them: for a curriculum that follows what the
-            policy can do, from `on_update`, in every process. Checkpoints hold it; evaluations are of `env.options`.
+            policy can do, from `on_update`. Those of the leading process count. Checkpoints hold them: what JSON can
+            hold, and arrays. Evaluations are of `env.options`.
     """
 
     def __init__(
@@ -116,9 +124,9 @@ class Trainer:
         self.failed_saves_in_a_row = 0
         self._saved_at_s = time.monotonic()
         self._saved_at_step = 0
-        self.recent = RecentEpisodes()
+        self.recent = RecentEpisodes(config.env.info)
         self.options: dict[str, Any] = {}
-        self._told_options: dict[str, Any] = {}
+        self._told_options = False
         self._unsaid: list[str] = []  # until the run is open
         self._opened = False
         self.env = env
@@ -177,6 +185,7 @@ class Trainer:
             shard=shard,
             total_envs=config.env.num_envs,
             staggered=config.env.stagger and not self._by_hand,
+            info=config.env.info,
         )
         self.group.assert_equal(self.agent.policy.theta.vector, "the new policy")
 
@@ -213,11 +222,13 @@ class Trainer:
             if changed:
                 self.run.change_config(self.config)
                 self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
-                if _any_of(("total_steps",), changed):
+                if any(line.startswith("total_steps:") for line in changed):
                     bound = self.agent.kl_bound(self.progress)
                     self._say(f"note: schedules run to the new end; the KL of the next update may be {bound:.3g}")
-                if _any_of(EVALUATIONS_OF, changed):
+                if self.best_return == -math.inf and self.run.best.is_dir():
                     self._say("note: evaluations are of another task from now on, and the first of them replaces best/")
+        if self.options:
+            self._say(f"note: resets are given {self.options} over env.options, as on_update had set")
         if self._origin is not None:
             self._say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
         for remark in remarks(self.config, self.agent.policy, self.action_space, new=resume is None):
@@ -230,13 +241,7 @@ class Trainer:
         found = self.store.newest()
         if found is None:
             raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
-        changed = self._load_state(*found)
-        if changed and self._is_finished():
-            # Nothing would be trained with them, and the record would say that all was.
-            raise UserError(f"{resume} is finished; raise total_steps too, to train on with {'; '.join(changed)}")
-        if self.updates > self.config.updates:
-            raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
-        return changed
+        return self._load_state(*found)
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
         """Trains to the end (or for `max_updates` more updates), then saves, evaluates the last policy and closes.
@@ -260,10 +265,13 @@ class Trainer:
             with caught_signals() as received:
                 stop = False
                 while self.updates < last and not stop:
+                    before = self.env_steps
                     report = self._iteration()
-                    told = self._told_to_stop(report) or bool(received)
+                    told = self._told_to_stop(report)
+                    if self.updates < last:  # `_finish` saves after the last one
+                        self._save_if_due(before)
                     # All processes have to leave the loop together, whoever was told to stop.
-                    stop = bool(self.group.all_sum(torch.tensor(float(told))))
+                    stop = bool(self.group.all_sum(torch.tensor(float(told or bool(received)))))
                 return self._finish(received[0] if received else None)
 
     def record(self, metrics: Mapping[str, float]) -> None:
@@ -308,7 +316,6 @@ class Trainer:
         started = time.perf_counter()
         timers = PhaseTimers()
         self.agent.set_std(self.progress)
-        self._tell_options()
         with timers("rollout"):
             rollout, episodes = self._collect()
         if self.updates == 0:
@@ -338,26 +345,31 @@ class Trainer:
                 "trust_region/skipped_updates": self.skipped_updates,
             }
             self.writer.write(metrics, env_steps=self.env_steps)
-        if self.updates < self.config.updates:  # `_finish` does both for the last one
-            self._periodic(previous_steps)
+        if self.updates < self.config.updates and self._is_due(self.config.evaluation.every_steps, previous_steps):
+            self._evaluate(self.config.evaluation.episodes)  # `_finish` does so after the last one
         return report
 
     def _tell_options(self) -> None:
         """Resets from now on are given the options of the update to come."""
+        self.options = self.group.broadcast(self.options)
         options = {**options_at(self.config.env.options, self.progress), **self.options}
-        if options == self._told_options:
+        if not options and not self._told_options:
             return
-        if not isinstance(self.env, TakesOptions):
+        set_options = getattr(self.env, "set_options", None)
+        if set_options is None and self._by_hand and not self.options:
+            return  # those of the config are for evaluations
+        if set_options is None:
             raise UserError(
                 f"env.options: resets of {type(self.env).__name__} take none; leave them out, or set env.backend to "
                 "gymnasium"
             )
-        self.env.set_options(options)
-        self._told_options = options
+        set_options(copy.deepcopy(options))  # as they are now, whatever `on_update` does with them
+        self._told_options = True
 
     def _collect(self) -> tuple[Rollout, Episodes]:
         """A rollout; where an environment fails what was trained before is saved, to go on from with new episodes."""
         try:
+            self._tell_options()
             return self.collector.collect()
         except Exception:
             if self.group.size == 1 and self.env_steps > self._saved_at_step:
@@ -368,8 +380,14 @@ class Trainer:
         """By the caller, who has a look at the update."""
         if self.on_update is None:
             return False
+        before = copy.deepcopy(self.options)
         with self._saved_on(Exception):
             answer = self.on_update(self, report)
+            try:
+                encode(self.options, "options", {})
+            except (TypeError, ValueError) as error:
+                self.options = before
+                raise UserError(f"trainer.options are not what a checkpoint can hold: {error}") from error
             if not isinstance(answer, bool | np.bool_ | None):
                 raise TypeError(f"on_update returned {answer!r}: True stops the run, False or None lets it go on")
         return bool(answer)
@@ -414,14 +432,13 @@ class Trainer:
                 f"{self.run.path} --set KEY=VALUE"
             )
 
-    def _periodic(self, previous_steps: int) -> None:
-        def due(every: int) -> bool:
-            return every > 0 and self.env_steps // every > previous_steps // every
+    def _is_due(self, every: int, previous_steps: int) -> bool:
+        return every > 0 and self.env_steps // every > previous_steps // every
 
-        if due(self.config.evaluation.every_steps):
-            self._evaluate(self.config.evaluation.episodes)
-        late = time.monotonic() - self._saved_at_s > CHECKPOINT_AFTER_S and self.config.checkpoint.every_steps > 0
-        if due(self.config.checkpoint.every_steps) or self.group.broadcast(late):  # clocks differ
+    def _save_if_due(self, previous_steps: int) -> None:
+        every = self.config.checkpoint.every_steps
+        late = time.monotonic() - self._saved_at_s > CHECKPOINT_AFTER_S and every > 0
+        if self._is_due(every, previous_steps) or self.group.broadcast(late):  # clocks differ
             self._save_checkpoint()
 
     def _evaluate(self, episodes: int) -> Evaluation | None:
@@ -504,11 +521,12 @@ class Trainer:
         local = {"collector": self.collector.state_dict(episodes), "agent": self.agent.local_state_dict()}
         return {
             "config": self.config.model_dump(mode="json", by_alias=True),
-            "observation_space": self.observation_space and encode_space(self.observation_space),
+            "observation_space": encode_observation_space(self.observation_space),
             "action_space": encode_space(self.action_space),
             "agent": self.agent.state_dict(),
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "options": self.options,
+            "evaluation": self.evaluation and asdict(self.evaluation),
             "recent": self.recent.state_dict(),
             "processes": self.group.gather_objects(local),
         }
@@ -529,14 +547,22 @@ class Trainer:
             self.agent.load_state_dict(state["agent"])
             for name in COUNTERS:
                 setattr(self, name, state["counters"][name])
-            if _any_of(EVALUATIONS_OF, changed):
+            if changed and self._is_finished():
+                # Nothing would be trained with them, and the record would say that all was.
+                given = f"raise total_steps too, to train on with {'; '.join(changed)}"
+                raise UserError(f"{self.run.path} is finished; {given}")
+            if self.updates > self.config.updates:
+                raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
+            if _evaluated(saved) != _evaluated(self.config):
                 self.best_return = -math.inf
+            elif state["evaluation"] is not None:
+                self.evaluation = Evaluation(**state["evaluation"])
             self.options = state["options"]
             local = state["processes"][self.group.rank]
             collector = local["collector"]
             if collector["env"] is None:
                 self._begin_anew("an environment failed after this checkpoint")
-            elif _any_of(EPISODES_OF, changed) and not self._by_hand:
+            elif _stepped(saved) != _stepped(self.config) and not self._by_hand:
                 collector = {**collector, "env": None}
                 self._begin_anew("the environment is another one")
             self._tell_options()
@@ -556,7 +582,6 @@ class Trainer:
             seeds = [restart_seed(seed, self.env_steps) for seed in self._seeds]
             self.env.close()
             self.env = make_envs(self.config.env, seeds, device=self.device, on_warning=self._warn)
-            self._told_options = {}
             self._tell_options()
             self.collector.env, self.collector.obs = self.env, self.env.reset().clone()
         self._warn(NEW_EPISODES.format(why))
@@ -589,6 +614,16 @@ class Trainer:
                 resources.callback(self.env.close)
 
 
-def _any_of(keys: tuple[str, ...], changed: list[str]) -> bool:
-    """Whether a setting at or below one of `keys` is among the lines of `config_difference`."""
-    return any(line.startswith((f"{key}:", f"{key}.")) for line in changed for key in keys)
+def _stepped(config: Config) -> dict[str, Any]:
+    """The settings that decide what the same actions come to."""
+    return config.env.model_dump(mode="json", include={"id", "kwargs", "wrappers"})
+
+
+def _evaluated(config: Config) -> dict[str, Any]:
+    """The settings that decide what evaluations of the same policy return."""
+    env, longest = config.env.for_evaluation, config.evaluation.max_episode_steps
+    kept = env.model_copy(update={"options": options_at(env.options, 1.0)})
+    return {
+        **kept.model_dump(mode="json", include={"id", "kwargs", "wrappers", "options"}),
+        "max_episode_steps": longest,
+    }

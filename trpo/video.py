@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes.util
 import importlib
 import os
@@ -18,6 +19,7 @@ import numpy as np
 from trpo.config import EnvConfig
 from trpo.envs import make_single_env
 from trpo.errors import UserError
+from trpo.schedule import options_at
 
 
 class VideoError(UserError):
@@ -101,7 +103,7 @@ def try_recording(env_config: EnvConfig) -> None:
     check_recordable(env_config)
     with closing(make_single_env(env_config, render_mode="rgb_array")) as env:
         try:
-            env.reset(seed=0)
+            env.reset(seed=0, options=copy.deepcopy(options_at(env_config.options, 1.0)) or None)
         except Exception as error:
             raise VideoError(f"{env_config.id} raised {type(error).__name__} in its reset: {error}") from error
         _frame(env)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self
 
 import torch
 from gymnasium.spaces import Box, Space
@@ -36,6 +36,7 @@ class Step:
     truncated: Tensor  # [N] bool, time limit or cut: the value beyond is V(next_obs)
     valid: Tensor  # [N] bool, False where the row is no transition: a reset, or lost with its worker
     success: Tensor | None = None  # [N] float, where an episode ended and reported it (`returned.success_of`), else NaN
+    info: Tensor | None = None  # [N, I] float, what it reported then under the names in `env.info`, else NaN
 
     @classmethod
     def over(cls, buffers: StepBuffers) -> Self:
@@ -49,7 +50,7 @@ class BatchEnv(Protocol):
     num_envs: int
     device: torch.device
     single_observation_space: Box  # flat: Box(shape=(D,))
-    unflattened_observation_space: Space[Any]  # what it is flattened from: so that a saved policy takes that, too
+    unflattened_observation_space: Space[Any]  # what it is flattened from, for saved policies; missed by nobody else
     single_action_space: Space[Any]  # Box, Discrete, MultiDiscrete or MultiBinary, as the environment declares it
     exact_resume: bool  # whether load_state_dict restores the environments to the bit; after it, whether it did
 
@@ -70,7 +71,6 @@ class BatchEnv(Protocol):
         """Frees everything; may be called twice."""
 
 
-@runtime_checkable
 class TakesOptions(BatchEnv, Protocol):
     """A `BatchEnv` whose resets can be told what to begin with."""
 

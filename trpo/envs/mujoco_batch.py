@@ -91,7 +91,7 @@ class Simulations:
             NotHere: The task is unknown, wrapped or rendering, or MuJoCo is too old.
             DifferentNumbers: The installed Gymnasium computes the task differently.
         """
-        task = _task(env, config.id)
+        task = _task(env, config)
         limit = _time_limit(env, config.id)
         _try_out(env, task, config)
         return cls(task, count, threads=worker_count(config.workers, count), time_limit=limit)
@@ -149,13 +149,16 @@ def _time_limit(env: gymnasium.Env[Any, Any], env_id: str) -> int:
     return limit
 
 
-def _task(env: gymnasium.Env[Any, Any], env_id: str) -> Task:
+def _task(env: gymnasium.Env[Any, Any], config: EnvConfig) -> Task:
     raw: Any = env.unwrapped
+    env_id = config.id
     kind = type(raw)
     task = TASKS.get(f"{kind.__module__}:{kind.__qualname__}")
     if task is None:
         known = ", ".join(name for name, spec in gymnasium.registry.items() if spec.entry_point in TASKS)
         raise NotHere(f"env.id: backend mujoco has no {env_id!r}, only {known}; otherwise {_INSTEAD}")
+    if config.info:
+        raise NotHere(f"env.info: backend mujoco computes no info; leave it out, or {_INSTEAD}")
     if raw.render_mode is not None:
         raise NotHere(f"{env_id} has render_mode {raw.render_mode!r}, and backend mujoco draws nothing; {_INSTEAD}")
     try:

@@ -6,6 +6,7 @@ models only. But an episode is a function of the random state at its reset and o
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium
@@ -114,7 +115,7 @@ def begin(
     if rng is not None:
         _set_random_state(env, rng)
     log.start(seed=seed, rng=None if seed is not None else random_state(env), options=options)
-    obs, _ = env.reset(seed=seed, options={**options} or None)  # a copy, which is the environment's
+    obs, _ = env.reset(seed=seed, options=copy.deepcopy(options) or None)  # which is the environment's to change
     return obs
 
 

@@ -7,7 +7,7 @@ only, for worker processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -83,6 +83,11 @@ def success_of(info: Any) -> float:
     if math.isnan(number := _number(given)):
         raise ReturnError(f"returned info with {first!r}: {given!r}: report True, False or a number")
     return number
+
+
+def numbers_of(info: Mapping[str, Any], names: Sequence[str]) -> list[float]:
+    """What the last step of an episode reports under these names; NaN where nothing, or no number."""
+    return [_number(info.get(name)) for name in names]
 
 
 def _number(given: Any) -> float:

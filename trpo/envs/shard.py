@@ -19,7 +19,7 @@ import numpy as np
 
 from trpo.config import EnvConfig
 from trpo.envs.replay import EpisodeLog, ReplayError, begin, needs_fresh_environment, random_state, replay
-from trpo.envs.returned import Flattened, flag, flat_observation, scalar_reward, success_of
+from trpo.envs.returned import Flattened, flag, flat_observation, numbers_of, scalar_reward, success_of
 from trpo.envs.single import failure, make_single_env
 from trpo.envs.spaces import ActionEncoding, Array, row_space
 from trpo.envs.stagger import NEVER, first_episode_length
@@ -57,7 +57,7 @@ class EnvShard:
         self._options: dict[str, Any] = {}  # of the next reset
 
     def _common_spaces(self) -> EnvSpaces:
-        found = [_spaces_of(env) for env in self._envs]
+        found = [_spaces_of(env, len(self._config.info)) for env in self._envs]
         for index, spaces in enumerate(found):
             check_same_spaces(found[0], spaces, self._first, self._first + index)
         return found[0]
@@ -84,6 +84,7 @@ class EnvShard:
         buffers = self._buffers
         self._episode_steps += buffers.valid
         buffers.success[:] = np.nan
+        buffers.info[:] = np.nan
         self._act()
         self._check_finite(buffers.reward, "a reward")
         self._check_finite(buffers.next_obs, "an observation")
@@ -114,6 +115,7 @@ class EnvShard:
                 buffers.terminated[i], buffers.truncated[i] = terminated, truncated
                 if terminated or truncated:
                     buffers.success[i] = success_of(info)
+                    buffers.info[i] = numbers_of(info, self._config.info)
         except (Exception, SystemExit) as error:  # some end the process where a window is closed, or so they mean
             raise failure(self._where(i), error) from error
 
@@ -219,7 +221,7 @@ def check_same_spaces(expected: EnvSpaces, found: EnvSpaces, expected_index: int
             )
 
 
-def _spaces_of(env: gymnasium.Env[Any, Any]) -> EnvSpaces:
+def _spaces_of(env: gymnasium.Env[Any, Any], numbers: int) -> EnvSpaces:
     space = env.observation_space
     unflattened = env.env.observation_space if isinstance(env, Flattened) else space
-    return EnvSpaces(row_space(space), space, unflattened, env.action_space)
+    return EnvSpaces(row_space(space), space, unflattened, env.action_space, numbers)

@@ -24,6 +24,7 @@ class EnvSpaces:
     declared: Space[Any]  # as the environment declares it; of an `EnvShard` a flat Box
     unflattened: Space[Any]  # as it is before any flattening
     action: Space[Any]
+    numbers: int = 0  # of `env.info`
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class StepBuffers:
     truncated: Array  # [N] bool
     valid: Array  # [N] bool
     success: Array  # [N] float64
+    info: Array  # [N, I] float64
 
     @staticmethod
     def _layout(spaces: EnvSpaces, num_envs: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -51,6 +53,7 @@ class StepBuffers:
             "reward": ((num_envs,), np.dtype(np.float64)),
             **flags,
             "success": ((num_envs,), np.dtype(np.float64)),
+            "info": ((num_envs, spaces.numbers), np.dtype(np.float64)),
         }
 
     @classmethod

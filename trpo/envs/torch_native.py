@@ -145,7 +145,7 @@ def _task(config: EnvConfig) -> TorchTask:
         raise EnvError(
             f"env.id: backend torch has no {config.id!r}, only {there_is}; {hint}set env.backend to gymnasium"
         )
-    for key in ("kwargs", "wrappers"):
+    for key in ("kwargs", "wrappers", "info"):
         if getattr(config, key):
             raise EnvError(f"env.{key}: backend torch takes none; remove them, or set env.backend to gymnasium")
     return TASKS[name]

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from trpo.envs.contract import Step, native_actions
-from trpo.envs.returned import SUCCESS_KEYS, ReturnError, success_of
+from trpo.envs.returned import SUCCESS_KEYS, ReturnError, numbers_of, success_of
 from trpo.envs.single import failure
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
 from trpo.envs.step_buffers import EnvSpaces, StepBuffers
@@ -29,6 +29,7 @@ class VectorEnvAdapter:
     Args:
         vector_env: Closed by `close`.
         seed: Given to the first reset only: one for all, or where the environment takes it one for each.
+        info: Names of numbers in the last info of an episode, for `Step.info`.
 
     Raises:
         EnvError: A space is not supported, or the autoreset mode is not declared in `metadata`.
@@ -36,10 +37,17 @@ class VectorEnvAdapter:
 
     exact_resume = False
 
-    def __init__(self, vector_env: VectorEnv[Any, Any, Any], seed: int | Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        vector_env: VectorEnv[Any, Any, Any],
+        seed: int | Sequence[int] | None = None,
+        *,
+        info: Sequence[str] = (),
+    ) -> None:
         name = type(vector_env.unwrapped).__name__
         self._env = vector_env
         self._seed = seed
+        self._info = tuple(info)
         self._mode = _autoreset_mode(vector_env, name)
         self._raw_space = vector_env.single_observation_space
         check_observation_space(self._raw_space, name)
@@ -49,7 +57,9 @@ class VectorEnvAdapter:
         self.single_observation_space = row_space(self._raw_space)
         self.single_action_space = vector_env.single_action_space
         self.unflattened_observation_space = self._raw_space
-        spaces = EnvSpaces(self.single_observation_space, self._raw_space, self._raw_space, self.single_action_space)
+        spaces = EnvSpaces(
+            self.single_observation_space, self._raw_space, self._raw_space, self.single_action_space, len(self._info)
+        )
         self._buffers = StepBuffers.allocate(spaces, self.num_envs)
         self._step = Step.over(self._buffers)
         self._steps = 0
@@ -111,6 +121,7 @@ class VectorEnvAdapter:
         self._write(buffers.next_obs, obs)
         np.copyto(buffers.reset_obs, buffers.next_obs)
         buffers.success[:] = np.nan
+        buffers.info[:] = np.nan
         if not done.any():
             return
         last_infos = infos
@@ -122,7 +133,9 @@ class VectorEnvAdapter:
             buffers.reset_obs[done] = self._rows(first_obs)[done]
         for i in np.flatnonzero(done).tolist():
             try:
-                buffers.success[i] = success_of(_successes(last_infos, i))
+                info = _part(last_infos, (*SUCCESS_KEYS, *self._info), i)
+                buffers.success[i] = success_of(info)
+                buffers.info[i] = numbers_of(info, self._info)
             except ReturnError as error:
                 raise failure(f"environment {i}", error) from error
 
@@ -170,9 +183,9 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any], name: str) -> AutoresetMode:
         ) from error
 
 
-def _successes(infos: dict[str, Any], i: int) -> dict[str, Any]:
-    """Environment i's part of what a vector environment's infos [N] say of success; `_key` says where `key` counts."""
-    given = {key: infos[key] for key in SUCCESS_KEYS if isinstance(infos.get(key), np.ndarray)}
+def _part(infos: dict[str, Any], keys: Sequence[str], i: int) -> dict[str, Any]:
+    """Environment i's part of a vector environment's infos [N] with these keys; `_key` says where `key` counts."""
+    given = {key: infos[key] for key in keys if isinstance(infos.get(key), np.ndarray)}
     return {key: values[i] for key, values in given.items() if f"_{key}" not in infos or infos[f"_{key}"][i]}
 
 

@@ -218,6 +218,7 @@ class WorkerEnvs:
         buffers.truncated[lost] = True
         buffers.valid[lost] = False
         buffers.success[lost] = np.nan
+        buffers.info[lost] = np.nan
         lost[:] = False
 
 

@@ -73,7 +73,7 @@ def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a symmetric matrix; NaN of one that has none, which CG then meets."""
     # In float32 the algorithm may not converge where hundreds of eigenvalues are equal: inputs that are one-hot.
     for precise in (matrix, matrix.double()):
-        with contextlib.suppress(RuntimeError):  # torch.linalg.LinAlgError is one
+        with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             values, vectors = torch.linalg.eigh(precise)
             return values.to(matrix.dtype), vectors.to(matrix.dtype)
     return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
