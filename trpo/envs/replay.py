@@ -115,7 +115,7 @@ def begin(
     if rng is not None:
         _set_random_state(env, rng)
     log.start(seed=seed, rng=None if seed is not None else random_state(env), options=options)
-    obs, _ = env.reset(seed=seed, options=copy.deepcopy(options) or None)  # which is the environment's to change
+    obs, _ = env.reset(seed=seed, options=copy.deepcopy(options) if options else None)  # the environment may change it
     return obs
 
 

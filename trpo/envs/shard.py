@@ -115,7 +115,8 @@ class EnvShard:
                 buffers.terminated[i], buffers.truncated[i] = terminated, truncated
                 if terminated or truncated:
                     buffers.success[i] = success_of(info)
-                    buffers.info[i] = numbers_of(info, self._config.info)
+                    if self._config.info:
+                        buffers.info[i] = numbers_of(info, self._config.info)
         except (Exception, SystemExit) as error:  # some end the process where a window is closed, or so they mean
             raise failure(self._where(i), error) from error
 
