@@ -43,6 +43,7 @@ LAYERS = (
         "seed_statistics",
         "settings_schema",
         "signals",
+        "space_data",
         "state_tree",
         "strict_yaml",
         "timers",

@@ -1,4 +1,4 @@
-"""What differs between two configs, and what of one differs from the defaults to no effect."""
+"""What differs between two configs, how much of a task that makes another, and what has no effect beside the rest."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from trpo.config import Config, EnvConfig
+from trpo.schedule import options_at
 from trpo.strict_yaml import show
 
 _ABSENT = object()
+_OF_EPISODES = {"id", "kwargs", "wrappers"}  # settings of an environment
 
 _WITHOUT_WORKERS = ("gymnasium", "torch")
 _UNSUPERVISED = (*_WITHOUT_WORKERS, "auto", "mujoco", "envpool")
@@ -38,6 +40,23 @@ _IDLE: tuple[tuple[str, str, tuple[object, ...]], ...] = (
 def config_difference(saved: Config, given: Config) -> list[str]:
     """One line for each setting that differs, as `natural_gradient.max_kl: 0.01 → 0.02`, in the order of the config."""
     return [f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in _differences(_plain(saved), _plain(given))]
+
+
+def same_episodes(saved: Config, given: Config) -> bool:
+    """Whether the same actions come to the same in both."""
+    one, other = (config.env.model_dump(mode="json", include=_OF_EPISODES) for config in (saved, given))
+    return one == other
+
+
+def same_evaluations(saved: Config, given: Config) -> bool:
+    """Whether evaluations of the same policy return the same in both."""
+
+    def settings(config: Config) -> tuple[dict[str, Any], int]:
+        env = config.env.for_evaluation
+        env = env.model_copy(update={"options": options_at(env.options, 1.0)})
+        return env.model_dump(mode="json", include={*_OF_EPISODES, "options"}), config.evaluation.max_episode_steps
+
+    return settings(saved) == settings(given)
 
 
 def without_effect(config: Config) -> list[str]:

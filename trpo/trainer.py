@@ -23,7 +23,7 @@ from trpo.batch import Rollout
 from trpo.checkpoint import CheckpointStore, checkpoint_paths
 from trpo.collector import Collector, Episodes
 from trpo.config import Config
-from trpo.config_difference import config_difference
+from trpo.config_difference import config_difference, same_episodes, same_evaluations
 from trpo.config_file import dump_config
 from trpo.device import training_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
@@ -39,15 +39,10 @@ from trpo.natural_gradient import StepReport
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.remarks import remarks
 from trpo.run_directory import RunDirectory, RunLock
-from trpo.saved_policy import (
-    encode_observation_space,
-    encode_space,
-    load_policy,
-    load_starting_policy,
-    save_policy,
-)
+from trpo.saved_policy import load_policy, load_starting_policy, save_policy
 from trpo.schedule import options_at
 from trpo.signals import caught_signals
+from trpo.space_data import encode_observation_space, encode_space
 from trpo.state_tree import encode
 from trpo.timers import PhaseTimers
 from trpo.video import VideoError, try_recording
@@ -553,7 +548,7 @@ class Trainer:
                 raise UserError(f"{self.run.path} is finished; {given}")
             if self.updates > self.config.updates:
                 raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
-            if _evaluated(saved) != _evaluated(self.config):
+            if not same_evaluations(saved, self.config):
                 self.best_return = -math.inf
             elif state["evaluation"] is not None:
                 self.evaluation = Evaluation(**state["evaluation"])
@@ -562,7 +557,7 @@ class Trainer:
             collector = local["collector"]
             if collector["env"] is None:
                 self._begin_anew("an environment failed after this checkpoint")
-            elif _stepped(saved) != _stepped(self.config) and not self._by_hand:
+            elif not (same_episodes(saved, self.config) or self._by_hand):
                 collector = {**collector, "env": None}
                 self._begin_anew("the environment is another one")
             self._tell_options()
@@ -612,18 +607,3 @@ class Trainer:
                 resources.callback(self.writer.close)
             if self.env is not None:
                 resources.callback(self.env.close)
-
-
-def _stepped(config: Config) -> dict[str, Any]:
-    """The settings that decide what the same actions come to."""
-    return config.env.model_dump(mode="json", include={"id", "kwargs", "wrappers"})
-
-
-def _evaluated(config: Config) -> dict[str, Any]:
-    """The settings that decide what evaluations of the same policy return."""
-    env, longest = config.env.for_evaluation, config.evaluation.max_episode_steps
-    kept = env.model_copy(update={"options": options_at(env.options, 1.0)})
-    return {
-        **kept.model_dump(mode="json", include={"id", "kwargs", "wrappers", "options"}),
-        "max_episode_steps": longest,
-    }
