@@ -64,9 +64,12 @@ def test_numbers_may_be_scheduled_and_anything_else_is_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("{start: 1}", r"<text>:1: env.options.x.end: .*required"),
-        ("{start: 1, end: far}", r"<text>:1: env.options.x.end: .*number"),
-        ("{start: 1, end: 2, pace: 3}", r"<text>:1: env.options.x.pace: .*not permitted"),
+        ("{start: 1}", r"<text>:1: env.options.x.end: is required: a schedule has start and end"),
+        ("{start: 1, end: far}", r"<text>:1: env.options.x.end: must be a valid number"),
+        (
+            "{start: 1, end: 2, pace: 3}",
+            r"<text>:1: env.options.x.pace: is no part of a schedule, which has start, end and shape",
+        ),
         ("{start: -1, end: 2, shape: geometric}", r"<text>:1: env.options.x.*geometric takes"),
     ],
 )

@@ -144,7 +144,11 @@ class EnvConfig(Settings):
                 except ValidationError as error:
                     problem = error.errors()[0]
                     where = ".".join(str(part) for part in ("options", name, *problem["loc"]))
-                    raise _contradiction(where, problem["msg"], against="options") from None
+                    said = {
+                        "missing": "is required: a schedule has start and end",
+                        "extra_forbidden": "is no part of a schedule, which has start, end and shape",
+                    }.get(problem["type"], problem["msg"].replace("Input should be", "must be"))
+                    raise _contradiction(where, said, against="options") from None
         return self
 
     @property
