@@ -235,11 +235,11 @@ def draw(curves: Sequence[Curve], metric: str) -> Figure:
     figure = Figure(figsize=(max(8.0, 4.5 * columns), 4.5 * rows), dpi=150, layout="constrained")
     for index, (env_id, members) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_panel(axes, env_id, members, AXIS_LABELS.get(metric, metric))
+        _draw_panel(figure, axes, env_id, members, AXIS_LABELS.get(metric, metric))
     return figure
 
 
-def _draw_panel(axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) -> None:
+def _draw_panel(figure: Figure, axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) -> None:
     from matplotlib.ticker import EngFormatter
     from matplotlib.transforms import offset_copy
 
@@ -267,7 +267,7 @@ def _draw_panel(axes: Axes, env_id: str, curves: Sequence[Curve], measure: str) 
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     # Never over a curve, and below the axis' own texts however little room a long legend leaves the axes.
-    below = offset_copy(axes.transAxes, fig=axes.get_figure(root=True), y=-36, units="points")
+    below = offset_copy(axes.transAxes, fig=figure, y=-36, units="points")
     axes.legend(
         fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0, frameon=False
     )
