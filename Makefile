@@ -48,7 +48,7 @@ lock:  ## new versions into requirements.lock; torch stays pinned by hand (see C
 
 lowest:  ## the tests with the oldest versions that pyproject.toml allows; of torch, whatever build pip finds
 	$(PYTHON) -m venv build/lowest
-	sed -n '/^dependencies/,/^all = /{/^envpool\|^peers/!p}' pyproject.toml | grep -o '"[A-Za-z0-9-]*>=[0-9.]*' \
+	sed -n -E '/^dependencies/,/^all = /{/^(envpool|peers)/!p;}' pyproject.toml | grep -o '"[A-Za-z0-9-]*>=[0-9.]*' \
 	  | sed -e 's/"//' -e 's/>=/==/' | sort -u > build/lowest/versions.txt
 	build/lowest/bin/pip install --quiet --requirement build/lowest/versions.txt
 	build/lowest/bin/pip install --quiet --no-deps --no-build-isolation --editable .

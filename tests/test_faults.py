@@ -93,9 +93,7 @@ def worker_config(env_id: str = "Pendulum-v1", *, workers: int = 1, **changes: A
 def updates_of(trainer: Trainer, count: int) -> None:
     """Trains some updates without ending the run."""
     for _ in range(count):
-        before = trainer.env_steps
-        trainer._iteration()
-        trainer._save_if_due(before)
+        trainer._save_if_due(trainer._iteration())
 
 
 @pytest.fixture

@@ -70,7 +70,10 @@ def test_numbers_may_be_scheduled_and_anything_else_is_as_it_is() -> None:
             "{start: 1, end: 2, pace: 3}",
             r"<text>:1: env.options.x.pace: is no part of a schedule, which has start, end and shape",
         ),
-        ("{start: -1, end: 2, shape: geometric}", r"<text>:1: env.options.x.*geometric takes"),
+        (
+            "{start: -1, end: 2, shape: geometric}",
+            r"<text>:1: env.options.x: start: must be above 0 for shape geometric",
+        ),
     ],
 )
 def test_a_schedule_that_is_none_is_one_line(option: str, expected: str) -> None:

@@ -30,28 +30,22 @@ class Schedule(Settings):
     end: float = Field(gt=0, description="Value at the last update.")
     shape: Literal["linear", "cosine", "geometric"] = Field("linear", description="How it moves from start to end.")
 
+    @model_validator(mode="after")
+    def _factors_reach_the_end(self) -> Self:
+        if self.shape == "geometric" and min(self.start, self.end) <= 0:
+            key = "end" if self.end <= 0 else "start"
+            raise _contradiction(key, "must be above 0 for shape geometric: no factors lead there", against="shape")
+        return self
+
 
 class FractionSchedule(Schedule):
     start: float = Field(ge=0, le=1, description="Value at the first update.")
     end: float = Field(ge=0, le=1, description="Value at the last update.")
 
-    @model_validator(mode="after")
-    def _factors_reach_the_end(self) -> Self:
-        if self.shape == "geometric" and 0 in (self.start, self.end):
-            key = "end" if self.end == 0 else "start"
-            raise _contradiction(key, "must be above 0 for shape geometric: no factors lead there", against="shape")
-        return self
-
 
 class OptionSchedule(Schedule):
     start: float = Field(description="Value at the first update.")
     end: float = Field(description="Value at the last update.")
-
-    @model_validator(mode="after")
-    def _factors_lead_from_start_to_end(self) -> Self:
-        if self.shape == "geometric" and min(self.start, self.end) <= 0:
-            raise _contradiction("shape", "geometric takes start and end above 0", against="start")
-        return self
 
 
 def is_schedule(option: object) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import statistics
 from collections.abc import Iterator
@@ -271,7 +270,7 @@ class _Episode:
     def __init__(self, env: gymnasium.Env[Any, Any], config: EnvConfig, seed: int, max_steps: int):
         self.env = env
         self.seed = seed
-        self.options = copy.deepcopy(options_at(config.options, 1.0))  # the environment's to change
+        self.options = options_at(config.options, 1.0)
         self._space: Any = env.observation_space
         has_time_limit = env.spec is not None and env.spec.max_episode_steps is not None
         self.max_steps = math.inf if has_time_limit else max_steps

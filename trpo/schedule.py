@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,11 +25,13 @@ def value_at(setting: float | Schedule, progress: float) -> float:
 
 
 def options_at(options: Mapping[str, Any], progress: float) -> dict[str, Any]:
-    """The `env.options` at progress p ∈ [0, 1]: those that are schedules by `value_at`, the others as they are."""
-    return {name: _option_at(value, progress) if is_schedule(value) else value for name, value in options.items()}
+    """The `env.options` at progress p ∈ [0, 1]: those that are schedules by `value_at`, copies of the others."""
+    return {name: _option_at(value, progress) for name, value in options.items()}
 
 
-def _option_at(value: Any, progress: float) -> float:
+def _option_at(value: Any, progress: float) -> Any:
+    if not is_schedule(value):
+        return copy.deepcopy(value)  # what an environment is given it may change
     schedule = value if isinstance(value, Schedule) else OptionSchedule.model_validate(value)
     # Not by a rounding beyond the end, which may be the largest that an environment takes.
     return schedule.end if progress == 1 else value_at(schedule, progress)

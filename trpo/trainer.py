@@ -260,11 +260,10 @@ class Trainer:
             with caught_signals() as received:
                 stop = False
                 while self.updates < last and not stop:
-                    before = self.env_steps
                     report = self._iteration()
                     told = self._told_to_stop(report)
                     if self.updates < last:  # `_finish` saves after the last one
-                        self._save_if_due(before)
+                        self._save_if_due(report)
                     # All processes have to leave the loop together, whoever was told to stop.
                     stop = bool(self.group.all_sum(torch.tensor(float(told or bool(received)))))
                 return self._finish(received[0] if received else None)
@@ -319,7 +318,6 @@ class Trainer:
         for part in self.group.gather_objects(episodes):
             self.recent.add(part)
 
-        previous_steps = self.env_steps
         self.env_steps += report.transitions
         self.updates += 1
         duration = time.perf_counter() - started
@@ -340,7 +338,7 @@ class Trainer:
                 "trust_region/skipped_updates": self.skipped_updates,
             }
             self.writer.write(metrics, env_steps=self.env_steps)
-        if self.updates < self.config.updates and self._is_due(self.config.evaluation.every_steps, previous_steps):
+        if self.updates < self.config.updates and self._is_due(self.config.evaluation.every_steps, report):
             self._evaluate(self.config.evaluation.episodes)  # `_finish` does so after the last one
         return report
 
@@ -427,13 +425,14 @@ class Trainer:
                 f"{self.run.path} --set KEY=VALUE"
             )
 
-    def _is_due(self, every: int, previous_steps: int) -> bool:
-        return every > 0 and self.env_steps // every > previous_steps // every
+    def _is_due(self, every: int, latest: UpdateReport) -> bool:
+        """Whether the latest update passed a multiple of so many steps."""
+        return every > 0 and self.env_steps // every > (self.env_steps - latest.transitions) // every
 
-    def _save_if_due(self, previous_steps: int) -> None:
+    def _save_if_due(self, latest: UpdateReport) -> None:
         every = self.config.checkpoint.every_steps
         late = time.monotonic() - self._saved_at_s > CHECKPOINT_AFTER_S and every > 0
-        if self._is_due(every, previous_steps) or self.group.broadcast(late):  # clocks differ
+        if self._is_due(every, latest) or self.group.broadcast(late):  # clocks differ
             self._save_checkpoint()
 
     def _evaluate(self, episodes: int) -> Evaluation | None:

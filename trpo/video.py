@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes.util
 import importlib
 import os
@@ -103,7 +102,7 @@ def try_recording(env_config: EnvConfig) -> None:
     check_recordable(env_config)
     with closing(make_single_env(env_config, render_mode="rgb_array")) as env:
         try:
-            env.reset(seed=0, options=copy.deepcopy(options_at(env_config.options, 1.0)) or None)
+            env.reset(seed=0, options=options_at(env_config.options, 1.0) or None)
         except Exception as error:
             raise VideoError(f"{env_config.id} raised {type(error).__name__} in its reset: {error}") from error
         _frame(env)

@@ -45,7 +45,11 @@ class Step:
 
 
 class BatchEnv(Protocol):
-    """N environments stepped together."""
+    """N environments stepped together.
+
+    Where resets can be told what to begin with there is also `set_options(options)`: what every environment's `reset`
+    is given from now on. `state_dict` has those of the running episodes.
+    """
 
     num_envs: int
     device: torch.device
@@ -69,13 +73,6 @@ class BatchEnv(Protocol):
 
     def close(self) -> None:
         """Frees everything; may be called twice."""
-
-
-class TakesOptions(BatchEnv, Protocol):
-    """A `BatchEnv` whose resets can be told what to begin with."""
-
-    def set_options(self, options: dict[str, Any]) -> None:
-        """What every `reset` is given as `options` from now on; `state_dict` has those of the running episodes."""
 
 
 def native_actions(encoding: ActionEncoding, action: Tensor, num_envs: int) -> Array:

@@ -45,7 +45,7 @@ class GymnasiumEnvs:
         self.exact_resume = True
 
     def set_options(self, options: dict[str, Any]) -> None:
-        """See `TakesOptions.set_options`."""
+        """See `BatchEnv`."""
         self._shard.set_options(options)
 
     def reset(self) -> Tensor:

@@ -62,7 +62,7 @@ class WorkerEnvs:
             self._open_buffers(self._gather_spaces())
 
     def set_options(self, options: dict[str, Any]) -> None:
-        """See `TakesOptions.set_options`."""
+        """See `BatchEnv`."""
         self._options = options
         with self._ending_on_error():
             payloads = [(options,)] * len(self._workers)
