@@ -21,6 +21,11 @@
 #include <string.h>
 #include <time.h>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 #if defined(__ARM_FEATURE_SVE) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -47,6 +52,22 @@ typedef float vec_unaligned __attribute__((vector_size(LANES * sizeof(float)), a
 static inline vec load(const float *p) { return *(const vec_unaligned *)p; }
 static inline void store(float *p, vec x) { *(vec_unaligned *)p = x; }
 static inline vec all(float x) { return x - (vec){0}; } /* minus: plus would make 0 of −0, for which compilers add */
+
+/* a b + c, rounded once where the processor can. Left to the compiler it would be rounded once or twice as suits the
+ * loop around it, and a number would depend on how many rows a thread was given. */
+static inline vec fused(vec a, vec b, vec c)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline long pad(long n) { return (n + LANES - 1) / LANES * LANES; }
 static inline long least(long a, long b) { return a < b ? a : b; }
 
@@ -67,7 +88,7 @@ static inline __attribute__((always_inline)) void tile(
         for (int j = 0; j < vecs; j++) right[j] = load(b + k * b_row + j * LANES);
         for (int i = 0; i < rows; i++) {
             const vec left = all(a[i * a_row + k * a_col]);
-            for (int j = 0; j < vecs; j++) sum[i][j] += left * right[j];
+            for (int j = 0; j < vecs; j++) sum[i][j] = fused(left, right[j], sum[i][j]);
         }
     }
     for (int i = 0; i < rows; i++)
