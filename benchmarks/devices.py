@@ -1,10 +1,11 @@
-"""What a GPU gives: training on environments that live there, and updates by their size, beside the CPU.
+"""What a GPU gives beside the CPU: training where environments live there, and where they do not; updates by size.
 
     python benchmarks/devices.py [--device cpu --device cuda …] [--envs 1024 --envs 16384 …] [--repeats 5]
 
 Pendulum as tensors (`env.backend: torch`), rollouts of 16 steps, the critic's epochs in 16 minibatches, all else the
-defaults. Under an update stand two floors: its matrix products at the best rate that the device reaches, and its
-operations in the time that starting one takes. Writes benchmarks/devices.json and .md. `device: auto`
+defaults; and Hopper, simulated on the CPU, with the defaults but for the width of the networks. Beside an update stand
+two floors: its matrix products at the best rate that the device reaches, and its operations in the time that starting
+one takes, of which a CUDA graph counts as none. Writes benchmarks/devices.json and .md. `device: auto`
 (`trpo/device.py`) should choose what is faster here.
 """
 
@@ -32,6 +33,8 @@ from trpo.timers import PhaseTimers
 HERE = Path(__file__).parent
 STEPS = 16  # of a rollout
 MINIBATCHES = 16
+ENVS = (64, 256, 1024, 4096, 16384)
+WIDTHS = (64, 128, 256, 512)  # of Hopper's networks
 UPDATES = ((2048, 64), (2048, 256), (16384, 64), (16384, 256), (131072, 64))  # batch, units of two hidden layers
 
 
@@ -45,16 +48,26 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def config(device: str, envs: int, hidden: int = 64) -> Config:
+def tensors(device: str, envs: int, hidden: int = 64) -> Config:
+    """Pendulum on `device`."""
     batch = envs * STEPS
+    env = {"id": "Pendulum-v1", "backend": "torch", "num_envs": envs}
+    return config(device, hidden, env=env, batch_size=batch, adam={"minibatch_size": batch // MINIBATCHES})
+
+
+def simulated(device: str, hidden: int) -> Config:
+    """Hopper on the CPU, networks on `device`."""
+    return config(device, hidden, env={"id": "Hopper-v5"})
+
+
+def config(device: str, hidden: int, *, adam: dict[str, Any] | None = None, **settings: Any) -> Config:
     return Config.model_validate(
         {
-            "env": {"id": "Pendulum-v1", "backend": "torch", "num_envs": envs},
+            **settings,
             "total_steps": 10**12,
-            "batch_size": batch,
             "device": device,
             "policy": {"hidden_sizes": [hidden, hidden]},
-            "value": {"hidden_sizes": [hidden, hidden], "adam": {"minibatch_size": batch // MINIBATCHES}},
+            "value": {"hidden_sizes": [hidden, hidden], "adam": adam or {}},
             "evaluation": {"every_steps": 0},
             "checkpoint": {"every_steps": 0},
         }
@@ -71,21 +84,32 @@ def took(device: str, function: Callable[[], object], repeats: int) -> float:
     return median_seconds(done, before=lambda: wait(device), repeats=repeats)
 
 
-def training(device: str, envs: int, repeats: int) -> Numbers:
-    with temporary_trainer(config(device, envs)) as trainer:
-        iteration = took(device, trainer._iteration, repeats)
-        rollout = took(device, trainer.collector.collect, repeats)
-    return {"steps_per_s": envs * STEPS / iteration, "rollout_s": rollout, "iteration_s": iteration}
+def training(config: Config, repeats: int) -> dict[str, Any]:
+    with temporary_trainer(config) as trainer:
+        trainer._iteration()  # everything is recorded in the second one
+        iteration = took(config.device, trainer._iteration, repeats)
+        rollout = took(config.device, trainer.collector.collect, repeats)
+    return {
+        "device": config.device,
+        "task": config.env.id,
+        "envs": config.env.num_envs,
+        "hidden": config.policy.hidden_sizes[0],
+        "batch": config.batch_size,
+        "steps_per_s": config.batch_size / iteration,
+        "rollout_s": rollout,
+        "iteration_s": iteration,
+    }
 
 
 def update(device: str, batch: int, hidden: int, repeats: int) -> Numbers:
-    with temporary_trainer(config(device, batch // STEPS, hidden)) as trainer:
+    with temporary_trainer(tensors(device, batch // STEPS, hidden)) as trainer:
         trainer._iteration()  # a normaliser that has seen data, a value function that has been fitted
         agent, (rollout, _) = trainer.agent, trainer.collector.collect()
 
         def whole() -> UpdateReport:
             return agent.update(rollout, progress=0.0, timers=PhaseTimers())
 
+        whole()
         whole_s = took(device, whole, repeats)
         with Operations() as operations:
             step = whole().step
@@ -113,15 +137,18 @@ def start_time(device: str) -> float:
 
 
 def report(result: dict[str, Any]) -> str:
-    training = [
-        (
-            r["device"],
-            number(r["envs"]),
-            number(r["steps_per_s"]),
-            *map(milliseconds, (r["rollout_s"], r["iteration_s"])),
-        )
-        for r in result["training"]
-    ]
+    def rows(task: str, what: str) -> list[tuple[str, ...]]:
+        return [
+            (
+                r["device"],
+                number(r[what]),
+                number(r["steps_per_s"]),
+                *map(milliseconds, (r["rollout_s"], r["iteration_s"])),
+            )
+            for r in result["training"]
+            if r["task"] == task
+        ]
+
     updates = [
         (
             r["device"],
@@ -134,10 +161,22 @@ def report(result: dict[str, Any]) -> str:
     head = f"Made by `python benchmarks/devices.py`: {result['machine']}; torch {result['torch']}.\n"
     foot = (
         "An update holds the critic's and the statistics. Its floors are that of the policy's matrix products, and\n"
-        "that of starting all of torch's operations, of which compiled code on the CPU leaves few.\n"
+        "that of starting torch's operations one by one, of which compiled code leaves few, and graphs.\n"
     )
-    header = ("Device", "Environments", "Steps/s", "Rollout, ms", "Iteration, ms")
-    sections = [head, table(f"Training on Pendulum-v1 as tensors, {STEPS} steps a rollout", header, training)]
+    columns = ("Steps/s", "Rollout, ms", "Iteration, ms")
+    sections = [
+        head,
+        table(
+            f"Training on Pendulum-v1 as tensors, {STEPS} steps a rollout",
+            ("Device", "Environments", *columns),
+            rows("Pendulum-v1", "envs"),
+        ),
+        table(
+            "Training on Hopper-v5, simulated on the CPU, by the width of the networks",
+            ("Device", "Width", *columns),
+            rows("Hopper-v5", "hidden"),
+        ),
+    ]
     header = ("Device", "Batch × width", "Update, ms", "Products alone, ms", "Starting alone, ms", "Operations")
     return "\n".join([*sections, table("One update", header, updates), foot])
 
@@ -145,7 +184,7 @@ def report(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", action="append", help="repeatable; default: cpu, and cuda where there is one")
-    parser.add_argument("--envs", action="append", type=int, help="repeatable; default: 1024, 4096 and 16384")
+    parser.add_argument("--envs", action="append", type=int, help="repeatable; default: 64 to 16384")
     parser.add_argument("--repeats", type=int, default=5, help="of everything (default: 5)")
     parser.add_argument("--out", type=Path, default=HERE, help="where devices.json and .md go")
     args = parser.parse_args()
@@ -155,9 +194,11 @@ def main() -> None:
         "machine": f"{processor()}, {os.cpu_count()} cores; {', '.join(gpus) or 'no GPU'}",
         "torch": torch.__version__,
         "training": [
-            {"device": device, "envs": envs, **training(device, envs, args.repeats)}
-            for envs in args.envs or (1024, 4096, 16384)
-            for device in devices
+            training(made, args.repeats)
+            for made in (
+                *(tensors(device, envs) for envs in args.envs or ENVS for device in devices),
+                *(simulated(device, hidden) for hidden in WIDTHS for device in devices),
+            )
         ],
         "updates": [
             {"device": device, "batch": batch, "hidden": hidden, **update(device, batch, hidden, args.repeats)}

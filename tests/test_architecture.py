@@ -26,6 +26,7 @@ LAYERS = (
         "config_file",
         "console",
         "cores",
+        "cuda_graph",
         "device",
         "distributed",
         "distributions",

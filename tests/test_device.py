@@ -75,8 +75,19 @@ def test_cg_is_read_once_and_a_candidate_once() -> None:
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
 def test_a_rollout_waits_only_before_and_after_its_steps(env_id: str) -> None:
     settings = f"{{env: {{id: {env_id}, backend: torch, num_envs: 4}}, total_steps: 10_000}}"
-    short, long = run("rollout_waits", settings, "8", "40")
+    short, long = run("rollout_waits", settings, "250", "500")  # episodes end in both
     assert short == long
+
+
+@can_pretend
+def test_where_environments_are_on_the_cpu_nothing_waits_for_a_step() -> None:
+    # A small policy acts beside them; one that learns with other layers, or is large, has its answers waited for.
+    settings = "env: {id: CartPole-v1, num_envs: 4}, total_steps: 10_000"
+    short, long = run("rollout_waits", f"{{{settings}}}", "40", "80")
+    assert short == long
+    for large in ("hidden_sizes: [2000, 2000]", "body: {name: 'bodies:Gated'}"):
+        short, long = run("rollout_waits", f"{{{settings}, policy: {{{large}}}}}", "40", "80")
+        assert long - short >= 2 * 40  # observations there, actions back
 
 
 @pytest.mark.parametrize(
@@ -84,10 +95,12 @@ def test_a_rollout_waits_only_before_and_after_its_steps(env_id: str) -> None:
     [
         ({}, "cpu"),
         ({"env": {"id": "Hopper-v5", "num_envs": 64}, "device": "cuda"}, "cuda:0"),
-        ({"env": {"id": "Pendulum-v1", "backend": "torch"}}, "cuda:0"),
-        ({"env": {"id": "Pendulum-v1", "backend": "torch"}, "device": "cpu"}, "cpu"),
-        ({"policy": {"hidden_sizes": [64, 256]}}, "cuda:0"),
-        ({"value": {"hidden_sizes": [255]}}, "cpu"),
+        ({"env": {"id": "Pendulum-v1", "backend": "torch"}, "batch_size": 4096}, "cuda:0"),
+        ({"env": {"id": "Pendulum-v1", "backend": "torch"}, "batch_size": 4080}, "cpu"),
+        ({"env": {"id": "Pendulum-v1", "backend": "torch"}, "batch_size": 4096, "device": "cpu"}, "cpu"),
+        ({"batch_size": 4096}, "cpu"),
+        ({"policy": {"hidden_sizes": [64, 128]}}, "cuda:0"),
+        ({"value": {"hidden_sizes": [127]}}, "cpu"),
         ({"value": {"body": {"name": "bodies:mlp"}}}, "cuda:0"),
     ],
 )

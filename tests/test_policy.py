@@ -116,6 +116,25 @@ def test_sample_and_mode_see_normalised_observations() -> None:
     torch.testing.assert_close(policy.sample(raw, noise), (mean + std * noise).detach(), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_copy_follows_and_is_a_policy_of_its_own(kind: str, dtype: torch.dtype) -> None:
+    policy = make_policy(kind, dtype=dtype)
+    copy, raw = policy.copy_on(torch.device("cpu")), 100 + 5 * randn(50, OBS_DIM)
+    noise = policy.distribution.noise(50, like=policy.theta.vector, generator=seeded())
+    before = copy.sample(raw, noise)
+    assert torch.equal(before, policy.sample(raw, noise))
+    for step in (1, 2):
+        policy.normalizer.update(raw + step)
+        policy.theta.assign_(policy.theta.vector + 0.1 * randn(len(policy.theta.vector), seed=step).to(dtype))
+        if isinstance(policy.network, GivenStdHead):
+            policy.network.set_std(0.1 * step)
+        assert not torch.equal(copy.mode(raw), policy.mode(raw)) and torch.equal(copy.sample(raw, noise), before)
+        copy.follow(policy)
+        before = copy.sample(raw, noise)
+        assert torch.equal(before, policy.sample(raw, noise))
+
+
 @pytest.mark.parametrize("opaque", [False, True], ids=["built in", "any module"])
 @pytest.mark.parametrize("raw_dtype", [torch.float32, F64])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -5,6 +5,7 @@ No environments, files or signals here: an agent turns rollouts into better poli
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -19,9 +20,10 @@ from trpo.advantages import gae, horizon_lambda, standardize
 from trpo.batch import Batch, Rollout
 from trpo.config import Config, LearnedStdConfig
 from trpo.cores import update_threads
+from trpo.cuda_graph import Recorded, SecondQueue, can_record
 from trpo.distributed import Group
 from trpo.errors import EnvError
-from trpo.natural_gradient import StepReport, trust_region_step
+from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
 from trpo.normalizer import RewardScaler
 from trpo.policy import GivenStdHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
@@ -60,7 +62,8 @@ class Agent:
     Attributes:
         threads: of an update, all together.
         torch_threads: those of them that torch should have; the others are for compiled code, or for V's fit.
-        fits_beside: whether V is fitted while the policy takes its step, in one of them: the same operations.
+        fits_beside: whether V is fitted while the policy takes its step, in one of them or in a queue of its own on a
+            GPU: the same operations.
     """
 
     def __init__(
@@ -89,13 +92,19 @@ class Agent:
         # Compiled code shares a batch among threads to the same bits; what torch computes depends on how many it has.
         compiled = self.policy.compiled and self.value.compiled
         self.threads = update_threads(config.threads) if config.threads or compiled else 1
-        # Not where sums over processes would meet in another order, nor where work waits in one queue of a GPU anyway.
-        on_cpu, alone = device.type == "cpu", group.size == 1
-        self.fits_beside = self.threads > 1 and not config.value.fit_first and alone and on_cpu
-        self.torch_threads = 1 if compiled else self.threads - self.fits_beside
+        # Not where sums over processes would meet in another order.
+        apart = group.size == 1 and not config.value.fit_first
+        self._queue = SecondQueue(device) if apart and device.type == "cuda" and config.value.fit == "adam" else None
+        beside = apart and self.threads > 1 and device.type == "cpu"
+        self.fits_beside = beside or self._queue is not None
+        self.torch_threads = 1 if compiled else self.threads - beside
         self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
         self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
         self.value_fit = self._value_fit()
+        settings = config.natural_gradient
+        whole = settings.preconditioner is None and settings.fisher_subsample == 1
+        recorded = whole and group.size == 1 and can_record(device) and self.policy.closed_form
+        self._direction = Recorded(partial(blind_direction, self.policy, settings)) if recorded else None
 
     def _value_fit(self) -> ValueFit:
         settings = self.config.value
@@ -122,12 +131,14 @@ class Agent:
             samples = self.scale(rollout)
             batch, target, value_before = self.estimate(samples, progress=progress)
         fit_value = partial(self._fit, batch.obs, target, progress=progress, timers=timers)
+        finish_fit: Callable[[], FitReport] = fit_value
+        fit: FitReport | None = None
         if config.value.fit_first:
             fit = fit_value()
             with timers("advantages"):
                 batch, _, _ = self.estimate(samples, progress=progress)
             step = self._policy_step(batch, progress=progress, timers=timers)
-        elif self.fits_beside:
+        elif self.fits_beside and self._queue is None:
             # The other thread has as many threads of torch as were set last anywhere, unless it is told.
             with (
                 native.spare_threads(-1) as is_idle_again,
@@ -136,23 +147,24 @@ class Agent:
                 fitting = thread.submit(fit_value)
                 fitting.add_done_callback(lambda _: is_idle_again())  # for the rest of the policy's step
                 step = self._policy_step(batch, progress=progress, timers=timers)
-            fit = fitting.result()
+            finish_fit = fitting.result
         else:
+            if self._queue is not None:
+                finish_fit = self._begin_fit(self._queue, batch.obs, target, progress=progress, timers=timers)
             step = self._policy_step(batch, progress=progress, timers=timers)
-            fit = fit_value()
         with timers("statistics"), torch.no_grad():
             eta = self.policy(batch.obs)
-            value_after = self.value(batch.obs)
             # Last of all: until here the policy has to be the one that acted.
             raw_obs = rollout.obs[rollout.valid].to(self.device)
             self.policy.normalizer.update(raw_obs, all_sum=all_sum)
             distribution, normalized = self.policy.distribution, self.policy.normalizer(raw_obs)
-            sums = [
-                distribution.entropy(eta),
-                distribution.kl(eta, self.policy(normalized)),
-                torch.ones_like(value_after),
-            ]
-            entropy, moved, transitions = all_sum(torch.stack([x.sum(dtype=torch.float64) for x in sums])).tolist()
+            entropies = distribution.entropy(eta)
+            sums = [entropies, distribution.kl(eta, self.policy(normalized)), torch.ones_like(entropies)]
+            summed = all_sum(torch.stack([x.sum(dtype=torch.float64) for x in sums]))
+        fit = fit or finish_fit()
+        with timers("statistics"), torch.no_grad():
+            value_after = self.value(batch.obs)
+            entropy, moved, transitions = summed.tolist()
             return UpdateReport(
                 step,
                 fit,
@@ -196,6 +208,7 @@ class Agent:
                 settings=self.config.natural_gradient,
                 all_sum=self.group.all_sum,
                 generator=self.fisher_generator,
+                direction=self._direction,
             )
 
     def _fit(self, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers) -> FitReport:
@@ -203,6 +216,23 @@ class Agent:
             fit = self.value_fit.fit(self.value, obs, target, progress=progress)
             self.average_value.update(self.value)
             return fit
+
+    def _begin_fit(
+        self, queue: SecondQueue, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers
+    ) -> Callable[[], FitReport]:
+        """Starts `_fit` in another queue of a GPU; what is returned waits for its end."""
+        assert isinstance(self.value_fit, AdamFit)  # whoever looks at every step has to be waited for
+        with timers("value_fit"), queue.begin():
+            finish = self.value_fit.start(self.value, obs, target, progress=progress)
+
+        def joined() -> FitReport:
+            with timers("value_fit"):
+                queue.join()
+                fit = finish()
+                self.average_value.update(self.value)
+                return fit
+
+        return joined
 
     def prepare(self, rollout: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:
         """`estimate` of a rollout that still has to be scaled, with V̄ as it is."""

@@ -16,6 +16,8 @@ from trpo.envs.contract import BatchEnv, Step, check_env_count
 from trpo.errors import EnvError
 from trpo.policy import Policy
 
+_SMALL = 10_000_000  # multiplications for the actions of a step
+
 
 @dataclass(frozen=True, slots=True)
 class Episodes:
@@ -29,6 +31,9 @@ class Episodes:
 
 class Collector:
     """Steps N environments for T steps with a fixed policy, into buffers made once.
+
+    Where environments are stepped on the CPU a small policy acts there as well, wherever it learns: it is done before a
+    GPU would have answered.
 
     A rollout's tensors are these buffers: they are valid until the next call of `collect`. One policy forward pass per
     step over all environments; everything else (values, log-probabilities, statistics) happens in batch afterwards. So
@@ -67,17 +72,34 @@ class Collector:
         self.shard = shard or slice(0, env.num_envs)
         self.total_envs = total_envs or env.num_envs
         self.obs = env.reset().clone()
-        self._color = ColoredNoise(length, noise_exponent, like=policy.theta.vector)
-        self.noise = torch.empty(0)
+        theta = policy.theta.vector
+        # A CPU has done with it in about the time in which a GPU is told, and answers.
+        small = policy.closed_form and env.num_envs * len(theta) <= _SMALL
+        here = env.device.type == "cpu" and theta.device.type != "cpu" and small
+        self._copy = policy.copy_on(env.device) if here else None
+        like = theta.new_empty(0, device=env.device if here else None)
+        self._color = ColoredNoise(length, noise_exponent, like=like)
+        self.noise = like.new_empty(length, env.num_envs, policy.distribution.noise_dim)
         self._buffers = _buffers(env, policy, length, self.obs)
         self._success = torch.full((length, env.num_envs), torch.nan, device=env.device)
         self._info_names = tuple(info)
         self._info = torch.full((length, env.num_envs, len(info)), torch.nan, dtype=torch.float64, device=env.device)
-        self._running_return = torch.zeros(env.num_envs, dtype=torch.float64)
-        self._running_length = torch.zeros(env.num_envs, dtype=torch.int64)
+        self._running_return = torch.zeros(env.num_envs, dtype=torch.float64, device=env.device)
+        self._running_length = torch.zeros(env.num_envs, dtype=torch.int64, device=env.device)
         self.staggered = staggered
         self.goes_on = True  # with the episodes of the state that was loaded last
-        self._left_out = torch.full((env.num_envs,), staggered)  # the running episodes
+        self._left_out = torch.full((env.num_envs,), staggered, device=env.device)  # the running episodes
+        # Both on one device that knows graphs, and nothing but operations on it: a rollout is started as one of them.
+        in_one = getattr(env, "in_one", None) if policy.closed_form and theta.device == env.device else None
+        self._take_steps = in_one(self._steps, length) if in_one else self._steps
+
+    @property
+    def acting(self) -> Policy:
+        """The policy as it is now, where it acts."""
+        if self._copy is None:
+            return self.policy
+        self._copy.follow(self.policy)
+        return self._copy
 
     def collect(self) -> tuple[Rollout, Episodes]:
         """One rollout of T steps, and the episodes that ended in it.
@@ -87,11 +109,22 @@ class Collector:
         """
         out = self._buffers
         shape = (self.length, self.total_envs)
-        white = self.policy.noise(*shape, generator=self.generator).to(self.policy.theta.vector.device)
-        self.noise = self._color(white)[:, self.shard]
+        white = self.policy.noise(*shape, generator=self.generator).to(self.noise.device)
+        self.noise.copy_(self._color(white)[:, self.shard])
+        try:
+            self._take_steps()
+            _check_finite(out)
+        except BaseException:  # who goes on all the same has episodes of which a part was counted nowhere
+            self._left_out.fill_(True)
+            raise
+        return out, self._episodes(out)
+
+    def _steps(self) -> None:
+        """T steps from `obs` on with the actions of `noise`, into the buffers."""
+        out = self._buffers
         self._success.fill_(torch.nan)
         self._info.fill_(torch.nan)
-        act = self.policy.actor(out.obs, self.noise, out.action)
+        act = self.acting.actor(out.obs, self.noise, out.action)
         parts = [*(getattr(out, field.name) for field in fields(Rollout)), self._success]
         obs = self.obs
         try:
@@ -106,13 +139,8 @@ class Collector:
                 if self._info_names and step.info is not None:
                     self._info[t].copy_(step.info)
                 obs = step.reset_obs
-            _check_finite(out)
-        except BaseException:  # who goes on all the same has episodes of which a part was counted nowhere
-            self._left_out.fill_(True)
-            raise
         finally:
             self.obs.copy_(obs)
-        return out, self._episodes(out)
 
     def changed_actions(self, rollout: Rollout) -> float:
         """Share of stored actions that differ from what the policy would sample now for the same noise.
@@ -128,35 +156,43 @@ class Collector:
 
     def _episodes(self, rollout: Rollout) -> Episodes:
         """Splits [T, N] rewards into episodes, carrying unfinished ones over to the next rollout."""
-        reward = rollout.reward.double().cpu() * rollout.valid.cpu()
-        total = reward.cumsum(0)
-        steps = rollout.valid.cpu().long().cumsum(0)
-        done = (rollout.terminated | rollout.truncated).cpu()
-        valid = rollout.valid.cpu()
-        success, info = self._success.cpu(), self._info.cpu()
-        returns, lengths, successes = [], [], []
-        reported: dict[str, list[float]] = {name: [] for name in self._info_names}
-        start_return, start_length = (-self._running_return).tolist(), (-self._running_length).tolist()
-        left_out = self._left_out.tolist()
-        t, n = done.nonzero(as_tuple=True)
-        # Plain numbers from here on: a rollout of many environments ends thousands of episodes.
-        at_end = (x[t, n].tolist() for x in (total, steps, valid, success, info))
-        for i, total_i, steps_i, valid_i, success_i, info_i in zip(n.tolist(), *at_end, strict=True):
+        valid = rollout.valid
+        total = (rollout.reward.double() * valid).cumsum(0)
+        steps = valid.long().cumsum(0)
+        start_return, start_length, left_out = -self._running_return, -self._running_length, self._left_out
+        episodes = Episodes([], [], [], {name: [] for name in self._info_names})
+        t, n = (rollout.terminated | rollout.truncated).nonzero(as_tuple=True)
+        if len(n):
+            # Ends of one environment follow each other in `order`, early ones first.
+            order = n.argsort(stable=True)
+            goes_on = n[order[1:]] == n[order[:-1]]
+            before = torch.full_like(n, -1)  # the end that an episode follows, if that lies in this rollout
+            before[order[1:]] = torch.where(goes_on, order[:-1], -1)
+            first, at_end = before < 0, (t, n)
+
+            def since(now: Tensor, running: Tensor) -> Tensor:
+                return now[at_end] - torch.where(first, running[n], now[at_end][before])
+
+            # What follows a loss is cut like a first episode.
+            cut = self.staggered & ~valid[at_end]
             # Not valid: the episode was cut by a lost worker, and nobody knows how it would have ended.
-            if valid_i and not left_out[i]:
-                returns.append(total_i - start_return[i])
-                lengths.append(steps_i - start_length[i])
-                if not math.isnan(success_i):
-                    successes.append(success_i)
-                for name, number in zip(self._info_names, info_i, strict=True):
-                    if not math.isnan(number):
-                        reported[name].append(number)
-            start_return[i], start_length[i] = total_i, steps_i
-            left_out[i] = self.staggered and not valid_i  # what follows a loss is cut like a first episode
-        self._left_out = torch.tensor(left_out)
-        self._running_return = total[-1] - torch.tensor(start_return, dtype=torch.float64)
-        self._running_length = steps[-1] - torch.tensor(start_length)
-        return Episodes(returns, lengths, successes, reported)
+            told = valid[at_end] & ~torch.where(first, left_out[n], cut[before])
+            success, *info = torch.column_stack([self._success[at_end], self._info[at_end]])[told].T.tolist()
+            episodes = Episodes(
+                since(total, start_return)[told].tolist(),
+                since(steps, start_length)[told].tolist(),
+                [x for x in success if not math.isnan(x)],
+                {name: [x for x in xs if not math.isnan(x)] for name, xs in zip(self._info_names, info, strict=True)},
+            )
+            last = order[torch.cat([~goes_on, goes_on.new_ones(1)])]
+            at_last, ended = (t[last], n[last]), n[last]
+            start_return = start_return.index_put((ended,), total[at_last])
+            start_length = start_length.index_put((ended,), steps[at_last])
+            left_out = left_out.index_put((ended,), cut[last])
+        self._running_return = total[-1] - start_return
+        self._running_length = steps[-1] - start_length
+        self._left_out = left_out
+        return episodes
 
     def state_dict(self, episodes: bool = True) -> dict[str, Any]:
         """Environments, running episodes and the noise generator: enough to go on to the bit.
@@ -175,12 +211,14 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_env_count(state["running_length"], self.env.num_envs)
         if state["env"] is not None:  # else the episodes are those that this collector began with
-            self.obs = self.env.load_state_dict(state["env"]).clone()
+            self.obs.copy_(self.env.load_state_dict(state["env"]))
         # If not, the environments began new episodes, of which nothing has happened yet.
         self.goes_on = self.env.exact_resume and state["env"] is not None
-        self._running_return = state["running_return"] * self.goes_on
-        self._running_length = state["running_length"] * self.goes_on
-        self._left_out = state["left_out"] if self.goes_on else torch.full_like(self._left_out, self.staggered)
+        device = self.env.device
+        self._running_return = state["running_return"].to(device) * self.goes_on
+        self._running_length = state["running_length"].to(device) * self.goes_on
+        left_out = state["left_out"].to(device)
+        self._left_out = left_out if self.goes_on else torch.full_like(left_out, self.staggered)
         self.generator.set_state(state["generator"])
 
 

@@ -358,8 +358,8 @@ class Config(Settings):
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         json_schema_extra={"form": "`auto`, `cpu`, `cuda` or `cuda:N`"},
-        description="Where networks and update live; `auto` takes a GPU if there is one and work for it: environments "
-        "of backend `torch`, a `body`, or a hidden layer of 256 units.",
+        description="Where networks and update live; `auto` takes a GPU if there is one and work for it: batches of "
+        "4096 steps of environments of backend `torch`, a `body`, or a hidden layer of 128 units.",
     )
     dtype: Literal["float32", "float64"] = Field("float32", description="Arithmetic of networks and update.")
     threads: int = Field(

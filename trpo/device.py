@@ -9,20 +9,22 @@ import torch
 from trpo.config import Config
 from trpo.errors import UserError
 
-_WIDE = 256  # units of a hidden layer
+_WIDE = 128  # units of a hidden layer
+_MANY = 4096  # steps of a batch
 
 
 def training_device(config: Config) -> torch.device:
     """Where a run lives: `auto` takes a GPU if there is one and the run has work for it.
 
-    Compiled code takes as long for the products of the default networks as a GPU to start its thousands of kernels, and
-    a rollout of environments on the CPU would go back and forth at each step.
+    That is where `benchmarks/devices.md` has the GPU ahead: it takes as long for the smallest update as compiled code
+    for one of the default size.
 
     Raises:
         UserError: as `resolve_device`.
     """
     wide = any(net.body or max(net.hidden_sizes, default=0) >= _WIDE for net in (config.policy, config.value))
-    small = config.device == "auto" and not wide and config.env.backend != "torch"
+    lives_there = config.env.backend == "torch" and config.batch_size >= _MANY
+    small = config.device == "auto" and not wide and not lives_there
     return torch.device("cpu") if small else resolve_device(config.device)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from gymnasium import spaces
@@ -24,10 +24,14 @@ class Distribution(Protocol):
 
     param_dim: int
     action_dim: int
+    noise_dim: int  # Z
     action_dtype: torch.dtype | None  # None: the dtype of η
 
+    def on(self, device: torch.device) -> Self:
+        """The same family for η on another device."""
+
     def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws the N(0, 1) numbers behind `sample` for `shape` actions: [*shape, Z], Z of them for each."""
+        """Draws the N(0, 1) numbers behind `sample` for `shape` actions: [*shape, Z]."""
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """a ~ π(· | η), a deterministic function of η [B, K] and `noise` [B, Z]: actions [B, A]."""
@@ -58,6 +62,10 @@ class _NormalNoise:
     """What is random in an action is N(0, 1), so that noise of any family can be coloured in time."""
 
     noise_dim: int  # Z
+
+    def on(self, device: torch.device) -> Self:
+        """See `Distribution.on`."""
+        return self
 
     def noise(self, *shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(*shape, self.noise_dim, generator=generator, device=like.device, dtype=like.dtype)
@@ -127,7 +135,7 @@ class Ordinal(_NormalNoise):
     action_dtype: torch.dtype | None = None  # actions are the values themselves
 
     def __init__(self, space: spaces.Box, bins: int, *, device: torch.device | str = "cpu"):
-        self.bins = bins
+        self.space, self.bins = space, bins
         self.action_dim = self.noise_dim = math.prod(space.shape)
         self.param_dim = self.action_dim * bins
         low, high = (
@@ -138,6 +146,9 @@ class Ordinal(_NormalNoise):
         # C [n, n]: how far each parameter of a component raises each logit; the tilt is the sum of all differences.
         above = torch.ones(bins - 1, bins, dtype=torch.float64).triu(1)
         self._raises = torch.cat([above.sum(0, keepdim=True), above]).to(device)
+
+    def on(self, device: torch.device) -> Ordinal:
+        return Ordinal(self.space, self.bins, device=device)
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""

@@ -59,12 +59,12 @@ def frozen(network: nn.Module, normalizer: ObservationNormalizer) -> Callable[[T
     return network.frozen(normalizer)  # type: ignore[operator]
 
 
-# Each activation with its derivative as a function of (input z, output h).
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "tanh": (torch.tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),
-    "relu": (torch.relu, lambda z, h: (h > 0).to(h.dtype)),
-    "elu": (nn.functional.elu, lambda z, h: torch.where(h > 0, 1.0, h + 1)),
-    "silu": (nn.functional.silu, lambda z, h: z.sigmoid() * (1 + z - h)),
+# Each activation σ with δ ↦ δ σ′(z), as a function of δ, input z and output h.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "tanh": (torch.tanh, lambda delta, z, h: torch.ops.aten.tanh_backward(delta, h)),
+    "relu": (torch.relu, lambda delta, z, h: torch.ops.aten.threshold_backward(delta, h, 0)),
+    "elu": (nn.functional.elu, lambda delta, z, h: torch.ops.aten.elu_backward(delta, 1, 1, 1, True, h)),
+    "silu": (nn.functional.silu, lambda delta, z, h: torch.ops.aten.silu_backward(delta, z)),
 }
 
 
@@ -212,7 +212,7 @@ def _products_fit(module: nn.Module, x: Tensor) -> bool:
 
 
 class MlpLinearization:
-    """J of an `MLP` in closed form, from cached activations h and slopes σ′(z).
+    """J of an `MLP` in closed form, from cached inputs z and outputs h = σ(z) of the activations.
 
     Forward mode carries dz_l = dh_{l−1} W_lᵀ + h_{l−1} dW_lᵀ + db_l; reverse mode is ordinary backpropagation. The
     vector layout is that of `MLP.parameters()`.
@@ -220,22 +220,24 @@ class MlpLinearization:
 
     def __init__(self, mlp: MLP, x: Tensor):
         self._mlp = mlp
+        self._through = ACTIVATIONS[mlp.activation][1]
+        self._ones = x.new_ones(len(x))
         self.move(x)
 
     @torch.no_grad()
     def move(self, x: Tensor) -> None:
         """Linearises anew, at the network's present θ and other inputs x of the same shape [B, D]."""
-        act, slope = ACTIVATIONS[self._mlp.activation]
+        act = ACTIVATIONS[self._mlp.activation][0]
         # Copies: the line search moves θ while this object still describes θ_old.
         self._weights = [layer.weight.clone() for layer in self._mlp.linears]
         self._inputs: list[Tensor] = []
-        self._slopes: list[Tensor] = []
+        self._sums: list[Tensor] = []  # z
         *hidden, head = self._mlp.linears
         for layer in hidden:
             self._inputs.append(x)
             z = layer(x)
+            self._sums.append(z)
             x = act(z)
-            self._slopes.append(slope(z, x))
         self._inputs.append(x)
         self.output = head(x)
 
@@ -244,8 +246,8 @@ class MlpLinearization:
         """Jv [B, K] for v [P]."""
         parts = self._mlp.layout.split(v)
         tangent = torch.addmm(parts[1], self._inputs[0], parts[0].T)
-        for i, slope in enumerate(self._slopes, start=1):
-            tangent *= slope
+        for i, z in enumerate(self._sums, start=1):
+            tangent = self._through(tangent, z, self._inputs[i])
             d_weight, d_bias = parts[2 * i], parts[2 * i + 1]
             tangent = torch.addmm(d_bias, self._inputs[i], d_weight.T).addmm_(tangent, self._weights[i].T)
         return tangent
@@ -255,7 +257,8 @@ class MlpLinearization:
         """Jᵀu [P] for u [B, K]."""
         parts: list[Tensor] = []
         for i, delta in self._backwards(u):
-            parts = [(delta.T @ self._inputs[i]).flatten(), delta.sum(0), *parts]
+            # A product with ones, which sums long columns faster than `sum` does.
+            parts = [(delta.T @ self._inputs[i]).flatten(), delta.T @ self._ones, *parts]
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -272,7 +275,7 @@ class MlpLinearization:
         for i in reversed(range(len(self._weights))):
             yield i, delta
             if i:
-                delta = (delta @ self._weights[i]).mul_(self._slopes[i - 1])
+                delta = self._through(delta @ self._weights[i], self._sums[i - 1], self._inputs[i])
 
 
 class NativeLinearization:

@@ -23,6 +23,7 @@ from trpo.networks import (
     Linearization,
     build_network,
     frozen,
+    in_closed_form,
     linearize,
 )
 from trpo.normalizer import ObservationNormalizer
@@ -53,6 +54,18 @@ class Policy(nn.Module):
         # copy they are no longer views of one, of which a pickle would hold the whole each time.
         return type(self), (copy.deepcopy(self.network), self.distribution, copy.deepcopy(self.normalizer))
 
+    def copy_on(self, device: torch.device) -> Policy:
+        """The same policy on another device, for `follow`."""
+        network, normalizer = copy.deepcopy((self.network, self.normalizer))
+        return Policy(network.to(device), self.distribution.on(device), normalizer.to(device))
+
+    @torch.no_grad()
+    def follow(self, other: Policy) -> None:
+        """Takes over all that training changes in another policy, of which this one is a copy."""
+        self.theta.assign_(other.theta.vector)
+        for mine, of_other in zip(self.buffers(), other.buffers(), strict=True):
+            mine.copy_(of_other)
+
     def forward(self, obs: Tensor) -> Tensor:
         """Normalised observations [B, D] → η [B, K]."""
         return self.network(obs)
@@ -65,6 +78,11 @@ class Policy(nn.Module):
     def compiled(self) -> bool:
         """Whether compiled code does the network."""
         return isinstance(self._inner, MLP) and self._inner.compiled
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether `linearize` needs no graph: so of the built-in networks, none of it frozen."""
+        return isinstance(self._inner, MLP) and in_closed_form(self.network)
 
     @property
     def _inner(self) -> nn.Module:

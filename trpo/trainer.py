@@ -461,7 +461,7 @@ class Trainer:
         settings = self.config.evaluation
         run = partial(
             evaluate,
-            self.agent.policy,
+            self.collector.acting,
             self.config.env,
             self.action_space,
             episodes=episodes,

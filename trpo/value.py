@@ -6,12 +6,15 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
+from trpo.cuda_graph import Recorded, Tensors, can_record
 from trpo.native import NativeMlp, adam_step, takes_vectors
 from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
 from trpo.networks import MLP, BodyAndHead, ClosedForm, Linearization, build_network, in_closed_form, linearize
@@ -117,18 +120,24 @@ class AdamFit:
         self.all_sum = all_sum
         self._adam = Adam(value.theta.vector)
         self._linearizations: dict[int, ClosedForm] = {}  # work space by minibatch size; a fit has two at most
+        self._recorded = Recorded(partial(self._epoch, value), first=True)
 
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
+        return self.start(value, obs, target, progress=progress)()
+
+    def start(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> Callable[[], FitReport]:
+        """`fit` but for the look at how it went, which what is returned takes: a GPU is waited for only then."""
         # Less to do per operation than with `no_grad`, which counts where operations are this small. But only in the
         # latter can autograd be allowed, which other networks need.
         with torch.inference_mode(in_closed_form(value.network)), torch.no_grad():
-            return self._fit(value, obs, target, progress)
+            return self._start(value, obs, target, self.learning_rate(progress))
 
-    def _fit(self, value: ValueFunction, obs: Tensor, target: Tensor, progress: float) -> FitReport:
-        learning_rate = self.learning_rate(progress)
+    def _start(
+        self, value: ValueFunction, obs: Tensor, target: Tensor, learning_rate: float
+    ) -> Callable[[], FitReport]:
         if len(self._linearizations) > 2:  # batches vary in size where rows are resets, and each has sizes of its own
             self._linearizations.clear()
-        before = mean_squared_error(value, obs, target, self.all_sum)
+        before = _squared_error(value, obs, target, self.all_sum)
         theta, moments = value.theta.vector.clone(), self._adam.state_dict()
         steps = 0
         # Counted over all processes, so that each takes the same number of steps whatever its share.
@@ -136,30 +145,59 @@ class AdamFit:
         batches = max(1, int(total) // self.settings.minibatch_size)
         sizes = [len(rows) for rows in target.tensor_split(batches)]
         mlp = value.network if isinstance(value.network, MLP) and in_closed_form(value.network) else None
-        # Compiled code sums nothing over processes on the way.
-        native = mlp.native if mlp is not None and self.all_sum is one_process else None
+        # Neither compiled code nor a graph sums over processes on the way.
+        native, in_one = None, False
+        if mlp is not None and self.all_sum is one_process:
+            native, in_one = mlp.native, can_record(obs.device)
         counts = self.all_sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
         for _ in range(self.settings.epochs):
-            order = torch.randperm(len(obs), generator=self.generator).to(obs.device)
+            order = self._order(len(obs), obs.device)
             # Gathered once an epoch: minibatches are then views.
             shuffled, wanted = obs[order], target[order, None]
+            if in_one:
+                self._recorded(shuffled, wanted, *self._adam.ahead(batches, learning_rate))
+                steps += batches
+                continue
             if native and self._adam.epoch(native, value.theta.vector, shuffled, wanted, sizes, learning_rate):
                 steps += batches
                 continue
             minibatches = zip(shuffled.tensor_split(batches), wanted.tensor_split(batches), strict=True)
             for (x, y), count in zip(minibatches, counts, strict=True):
                 if count:  # processes with less than a sample a minibatch all put theirs in the first ones
-                    self._step(value, x, y, count, learning_rate)
+                    gradient = self._gradient(value, x, y, count)
+                    self._adam.step(value.theta.vector, gradient, learning_rate)
                     steps += 1
-        after = mean_squared_error(value, obs, target, self.all_sum)
-        if math.isfinite(after):
-            return FitReport(before, after, steps, refused=0)
-        value.theta.assign_(theta)
-        self._adam.load_state_dict(moments)
-        return FitReport(before, before, steps, refused=steps, nonfinite=True)
+        after = _squared_error(value, obs, target, self.all_sum)
 
-    def _step(self, value: ValueFunction, obs: Tensor, target: Tensor, count: float, learning_rate: float) -> None:
-        """One step on a minibatch, obs [b, D] and target [b, 1], of `count` samples, all processes together."""
+        def finish() -> FitReport:
+            loss_before, loss_after = (total / count for total, count in torch.stack([before, after]).tolist())
+            if math.isfinite(loss_after):
+                return FitReport(loss_before, loss_after, steps, refused=0)
+            value.theta.assign_(theta)
+            self._adam.load_state_dict(moments)
+            return FitReport(loss_before, loss_before, steps, refused=steps, nonfinite=True)
+
+        return finish
+
+    def _order(self, rows: int, device: torch.device) -> Tensor:
+        """A permutation of so many rows, another at every call."""
+        if device.type != "cuda":
+            return torch.randperm(rows, generator=self.generator).to(device)
+        # On the CPU it would take twenty times as long and then be waited for.
+        seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        return torch.randperm(rows, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+    def _epoch(
+        self, value: ValueFunction, obs: Tensor, target: Tensor, steps: Tensor, learning_rate: Tensor
+    ) -> Tensors:
+        """Steps on minibatches of obs [B, D] and target [B, 1] in order; the rest as of `Adam.ahead`."""
+        batches = max(1, len(obs) // self.settings.minibatch_size)
+        for x, y in zip(obs.tensor_split(batches), target.tensor_split(batches), strict=True):
+            self._adam.fused(value.theta.vector, self._gradient(value, x, y, len(x)), steps, learning_rate)
+        return ()
+
+    def _gradient(self, value: ValueFunction, obs: Tensor, target: Tensor, count: float) -> Tensor:
+        """∇_θ of the mean squared error [P] over `count` samples, of which these are this process's."""
         linearization: Linearization | None = self._linearizations.get(len(obs))
         if isinstance(linearization, ClosedForm):
             linearization.move(obs)
@@ -168,8 +206,7 @@ class AdamFit:
             if isinstance(linearization, ClosedForm):
                 self._linearizations[len(obs)] = linearization
         error = linearization.output.sub_(target).mul_(2 / count)
-        gradient = self.all_sum(linearization.vjp(error))
-        self._adam.step(value.theta.vector, gradient, learning_rate)
+        return self.all_sum(linearization.vjp(error))
 
     def state_dict(self) -> dict[str, Any]:
         return self._adam.state_dict()
@@ -201,6 +238,27 @@ class Adam:
         self._mean.lerp_(gradient, 1 - beta1)
         self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         theta.addcdiv_(self._mean, self._square.sqrt().add_(epsilon), value=-rate)
+
+    def ahead(self, steps: int, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """For so many of `fused`, which are to come: the steps before them [], counted on by each, and α []."""
+        before = self._mean.new_full((), float(self.steps), dtype=torch.float32)
+        self.steps += steps
+        return before, before.new_full((), learning_rate)
+
+    def fused(self, theta: Tensor, gradient: Tensor, steps: Tensor, learning_rate: Tensor) -> None:
+        """`step` by torch's own, which is told all numbers on the device: one kernel, and one that counts."""
+        beta1, beta2 = self.betas
+        adam(
+            *([theta], [gradient], [self._mean], [self._square], [], [steps]),
+            fused=True,
+            beta1=beta1,
+            beta2=beta2,
+            lr=learning_rate,
+            eps=self.epsilon,
+            weight_decay=0.0,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def epoch(
         self, native: NativeMlp, theta: Tensor, x: Tensor, y: Tensor, rows: Sequence[int], learning_rate: float
@@ -286,9 +344,15 @@ class GaussNewtonFit:
 @torch.no_grad()
 def mean_squared_error(value: ValueFunction, obs: Tensor, target: Tensor, all_sum: AllSum = one_process) -> float:
     """E[(V(s) − target)²] over all processes."""
-    error = (value(obs) - target).square().sum(dtype=torch.float64)
-    total, count = all_sum(torch.stack([error, error.new_full((), len(obs))])).tolist()
+    total, count = _squared_error(value, obs, target, all_sum).tolist()
     return total / count
+
+
+@torch.no_grad()
+def _squared_error(value: ValueFunction, obs: Tensor, target: Tensor, all_sum: AllSum) -> Tensor:
+    """Σ (V(s) − target)² and the number of samples, over all processes: [2] float64."""
+    error = (value(obs) - target).square().sum(dtype=torch.float64)
+    return all_sum(torch.stack([error, error.new_full((), len(obs))]))
 
 
 def explained_variance(prediction: Tensor, target: Tensor, all_sum: AllSum = one_process) -> float:

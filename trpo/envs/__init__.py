@@ -56,7 +56,7 @@ def make_envs(
 
         from trpo.envs.torch_native import TorchEnvs
 
-        return TorchEnvs(config, seeds, device=device or torch.device("cpu"))
+        return TorchEnvs(config, seeds, device=device or torch.device("cpu"), on_warning=on_warning)
     from trpo.envs.gymnasium import GymnasiumEnvs
 
     return GymnasiumEnvs(config, seeds, on_warning=on_warning)

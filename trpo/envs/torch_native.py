@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from gymnasium.spaces import Box, Space
 from torch import Tensor
 
 from trpo.config import EnvConfig
+from trpo.cuda_graph import NotRecordableError, Recorded, Tensors, can_record
 from trpo.envs.contract import Step, check_env_count
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.stagger import first_episode_length
 from trpo.envs.torch_classic import TASKS, TorchTask
 from trpo.envs.torch_random import stream_keys, uniform
 from trpo.errors import EnvError, raised
+
+_log = logging.getLogger(__name__)
 
 _DRAWN_AT_ONCE = 16  # steps for which new episodes are drawn together: a kernel started, not its work, is what costs
 
@@ -37,7 +41,16 @@ class TorchEnvs:
 
     exact_resume = True
 
-    def __init__(self, config: EnvConfig, seeds: Sequence[int], *, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EnvConfig,
+        seeds: Sequence[int],
+        *,
+        device: torch.device,
+        on_warning: Callable[[str], None] = _log.warning,
+    ) -> None:
+        self._id = config.id
+        self._on_warning = on_warning
         self._task = task = _task(config)
         self.num_envs = len(seeds)
         self.device = device
@@ -47,7 +60,7 @@ class TorchEnvs:
         self._encoding = ActionEncoding.of(task.action_space)
         self._keys = stream_keys(seeds, device)
         self._draws = 0
-        self._drawn: Tensor | None = None  # [_DRAWN_AT_ONCE, S, N] states of new episodes
+        self._drawn: Iterator[Tensor] = iter(())  # states of new episodes [S, N], the next ones
         self._state: Tensor | None = None  # [S, N]
         self._steps = torch.zeros(self.num_envs, dtype=torch.int64, device=device)  # of the running episodes
         limits = [first_episode_length(task.time_limit, seed) if config.stagger else task.time_limit for seed in seeds]
@@ -85,17 +98,53 @@ class TorchEnvs:
             valid=self._valid,
         )
 
+    def in_one(self, run: Callable[[], None], steps: int) -> Callable[[], None]:
+        """`run`, which calls `step` so many times and does nothing that a graph cannot record, as one graph.
+
+        A device without graphs gets `run` itself.
+        """
+        if not can_record(self.device):
+            return run
+
+        def whole(first: Tensor, *state: Tensor) -> Tensors:
+            self._state, self._steps, self._limit = state
+            self._drawn = iter(self._new_episodes(first, steps))
+            run()
+            return self._state, self._steps, self._limit
+
+        recorded: Recorded | None = Recorded(whole)
+
+        def go() -> None:
+            nonlocal recorded
+            if recorded is None:
+                run()
+                return
+            if self._state is None:
+                raise RuntimeError("a step before the first reset()")
+            draws, state = self._draws, (self._state, self._steps, self._limit)
+            first = torch.full((), draws, dtype=torch.int64, device=self.device)
+            try:
+                self._state, self._steps, self._limit = recorded(first, *state)
+            except NotRecordableError as error:
+                recorded = None
+                self._on_warning(
+                    f"backend torch: what {self._id} does in a step cannot be recorded as a CUDA graph, without which "
+                    f"rollouts take longer: {error}"
+                )
+                (self._state, self._steps, self._limit), self._draws, self._drawn = state, draws, iter(())
+                run()
+                return
+            self._draws, self._drawn = draws + steps, iter(())  # Python has counted the steps of a recording only
+
+        return go
+
     def state_dict(self) -> dict[str, Any]:
         """See `BatchEnv.state_dict`."""
         if self._state is None:
             raise RuntimeError("state_dict() before the first reset()")
-        return {
-            "state": self._state,
-            "steps": self._steps,
-            "limit": self._limit,
-            "keys": self._keys,
-            "draws": self._draws,
-        }
+        # Copies: what a recording returns is written to again.
+        state = {"state": self._state, "steps": self._steps, "limit": self._limit}
+        return {**{name: x.clone() for name, x in state.items()}, "keys": self._keys, "draws": self._draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """See `BatchEnv.load_state_dict`."""
@@ -105,7 +154,7 @@ class TorchEnvs:
         self._state, self._steps, self._limit, self._keys = (
             state[name].to(self.device) for name in ("state", "steps", "limit", "keys")
         )
-        self._draws, self._drawn = int(state["draws"]), None
+        self._draws, self._drawn = int(state["draws"]), iter(())
         return self._task.observe(self._state)
 
     def close(self) -> None:
@@ -113,12 +162,17 @@ class TorchEnvs:
 
     def _begin(self) -> Tensor:
         """States [S, N] of new episodes, others at every call."""
-        block, row = divmod(self._draws, _DRAWN_AT_ONCE)
-        if self._drawn is None or row == 0:
-            numbers = uniform(self._keys, block * _DRAWN_AT_ONCE, _DRAWN_AT_ONCE, self._task.state_size)
-            self._drawn = self._task.begin(numbers.transpose(0, 1)).transpose(0, 1)
+        state = next(self._drawn, None)
+        if state is None:
+            self._drawn = iter(self._new_episodes(self._draws, _DRAWN_AT_ONCE))
+            state = next(self._drawn)
         self._draws += 1
-        return self._drawn[row]
+        return state
+
+    def _new_episodes(self, first: int | Tensor, count: int) -> Tensors:
+        """States [S, N] of the new episodes that the calls `first`, `first` + 1 … of `_begin` want."""
+        numbers = uniform(self._keys, first, count, self._task.state_size)
+        return self._task.begin(numbers.transpose(0, 1)).transpose(0, 1).unbind()
 
     def _native(self, action: Tensor) -> Tensor:
         """Actions [N, A] as the task takes them: clipped to a Box, in the space's dtype."""

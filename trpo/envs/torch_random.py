@@ -22,7 +22,7 @@ def stream_keys(seeds: Sequence[int], device: torch.device) -> Tensor:
     return _mix(wrapped).to(device)
 
 
-def uniform(keys: Tensor, first: int, rows: int, width: int) -> Tensor:
+def uniform(keys: Tensor, first: int | Tensor, rows: int, width: int) -> Tensor:
     """Numbers in [0, 1), float64, multiples of 2⁻⁵³.
 
     Number n of stream k is mix(k + (n + 1)·γ) modulo 2⁶⁴, which is what a SplitMix64 generator of state k returns at
@@ -30,14 +30,15 @@ def uniform(keys: Tensor, first: int, rows: int, width: int) -> Tensor:
 
     Args:
         keys: [N] as of `stream_keys`.
-        first: the first row wanted; row r holds the numbers r·width … r·width + width − 1 of each stream.
+        first: the first row wanted, or that number on the device of the keys; row r holds the numbers r·width …
+            r·width + width − 1 of each stream.
         rows: how many.
         width: numbers in a row.
 
     Returns:
         [rows, width, N]
     """
-    position = torch.arange(first * width + 1, (first + rows) * width + 1, device=keys.device)
+    position = torch.arange(1, rows * width + 1, device=keys.device) + first * width
     bits = _mix(keys + (position * _signed(_GOLDEN)).view(rows, width, 1))
     return _shifted(bits, 11).double().mul_(2.0**-53)
 

@@ -5,7 +5,7 @@ from trpo.natural_gradient.effective_dimension import effective_dimension
 from trpo.natural_gradient.fisher import fisher_product
 from trpo.natural_gradient.kronecker import KroneckerPreconditioner
 from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
-from trpo.natural_gradient.step import Outcome, StepReport, trust_region_step
+from trpo.natural_gradient.step import Outcome, StepReport, blind_direction, trust_region_step
 
 __all__ = [
     "CGSolution",
@@ -16,6 +16,7 @@ __all__ = [
     "Rejection",
     "StepReport",
     "backtracking_line_search",
+    "blind_direction",
     "conjugate_gradient",
     "effective_dimension",
     "fisher_product",

@@ -63,8 +63,10 @@ def conjugate_gradient(
         stop_early: read the scalars of every iteration, to save the products after the last one; by default on a CPU
             only, since an accelerator would have to be waited for. The solution is the same.
     """
-    iterate = _stopping if (b.is_cpu if stop_early is None else stop_early) else _blind
-    return iterate(product, b, max_iterations, tolerance, preconditioner or (lambda r: r))
+    preconditioner = preconditioner or (lambda r: r)
+    if b.is_cpu if stop_early is None else stop_early:
+        return _stopping(product, b, max_iterations, tolerance, preconditioner)
+    return solution(*blind_iterations(product, b, max_iterations, tolerance, preconditioner))
 
 
 def _stopping(
@@ -99,16 +101,17 @@ def _stopping(
     return _solution(x, r, float(b_norm), trace)
 
 
-def _blind(
+def blind_iterations(
     product: Callable[[Tensor], Tensor],
     b: Tensor,
     max_iterations: int,
     tolerance: float,
-    preconditioner: Callable[[Tensor], Tensor],
-) -> CGSolution:
-    """The same with all scalars on b's device, where an iteration after the end changes nothing.
+    preconditioner: Callable[[Tensor], Tensor] = lambda r: r,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with all scalars on b's device, where an iteration after the end changes nothing: nothing waits.
 
-    The host reads only once, after the last one.
+    Returns:
+        What `solution` reads, once, after the last iteration.
     """
     x, r = torch.zeros_like(b), b.clone()
     p = z = preconditioner(r)
@@ -129,7 +132,12 @@ def _blind(
         trace.append(torch.stack([curvature, rz, residual_norm, taken, running]))
         p = torch.addcmul(z, p, rz_next / rz)
         rz = rz_next
-    norm, *flat = torch.cat([b_norm.view(1), *trace]).tolist()
+    return x, r, torch.cat([b_norm.view(1), *trace])
+
+
+def solution(x: Tensor, r: Tensor, trace: Tensor) -> CGSolution:
+    """Of `blind_iterations`."""
+    norm, *flat = trace.tolist()
     return _solution(x, r, norm, [flat[i : i + 5] for i in range(0, len(flat), 5)])
 
 

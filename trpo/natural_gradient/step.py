@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,13 @@ from trpo.batch import Batch
 from trpo.config import LineSearchConfig, NaturalGradientConfig
 from trpo.distributions import Distribution
 from trpo.errors import UserError
-from trpo.natural_gradient.conjugate_gradient import CGSolution, CGStatus, conjugate_gradient
+from trpo.natural_gradient.conjugate_gradient import (
+    CGSolution,
+    CGStatus,
+    blind_iterations,
+    conjugate_gradient,
+    solution,
+)
 from trpo.natural_gradient.fisher import fisher_product
 from trpo.natural_gradient.kronecker import HasFactors, KroneckerPreconditioner
 from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
@@ -104,6 +110,47 @@ class StepReport:
         return f"{self.outcome}: last candidate had {self.search.rejections[-1]}"
 
 
+class Direction(NamedTuple):
+    """What `blind_direction` finds."""
+
+    eta: Tensor  # η_old [B, K]
+    gradient: Tensor  # g [P]
+    gradient_norm: Tensor  # []
+    x: Tensor  # [P] this and what follows: of `blind_iterations`
+    residual: Tensor
+    trace: Tensor
+
+
+@torch.no_grad()
+def blind_direction(
+    policy: PolicyModel, settings: NaturalGradientConfig, obs: Tensor, action: Tensor, advantage: Tensor
+) -> Direction:
+    """All of a step that comes before its line search, by operations of which none waits for another's result.
+
+    Of one process, the whole batch and without preconditioner. So it can be recorded (`trpo.cuda_graph`).
+    """
+    count = float(len(obs))
+    linearization, _, gradient = _gradient(policy, obs, action, advantage)
+    gradient.div_(count)
+    fisher = fisher_product(linearization, policy.distribution, count=count)
+    x, residual, trace = blind_iterations(
+        lambda v: fisher(v).add_(v, alpha=settings.damping), gradient, settings.cg_iterations, settings.cg_tolerance
+    )
+    return Direction(linearization.output, gradient, gradient.norm(), x, residual, trace)
+
+
+def _gradient(
+    policy: PolicyModel, obs: Tensor, action: Tensor, advantage: Tensor
+) -> tuple[Linearization, Tensor, Tensor]:
+    """Linearisation, scores [B, K] and the sum of the samples' policy gradients [P].
+
+    At θ_old the ratio is 1, so ∇_η (ratio · A) is the score times A and the gradient is one vector-Jacobian product.
+    """
+    linearization = policy.linearize(obs)
+    scores = policy.distribution.score(linearization.output, action)
+    return linearization, scores, linearization.vjp(scores * advantage.unsqueeze(-1))
+
+
 @torch.no_grad()
 def trust_region_step(
     policy: PolicyModel,
@@ -113,6 +160,7 @@ def trust_region_step(
     settings: NaturalGradientConfig,
     all_sum: AllSum = one_process,
     generator: torch.Generator | None = None,
+    direction: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> StepReport:
     """Moves `policy` by one TRPO step on `batch`, or leaves it bitwise as it was and says why.
 
@@ -123,31 +171,39 @@ def trust_region_step(
         settings: damping, CG and line search.
         all_sum: sums a tensor over processes; the identity for one.
         generator: draws the Fisher subsample; on the CPU.
+        direction: `blind_direction` of this policy and these settings, recorded; what it returns is read before its
+            next call.
     """
     theta_old = policy.theta.vector.clone()
     dist = policy.distribution
-    linearization = policy.linearize(batch.obs)
-    eta_old = linearization.output
     count = total_count(len(batch.obs), all_sum)
-
-    # At θ_old the ratio is 1, so ∇_η (ratio · A) is the score times A and the gradient is one vector-Jacobian product.
-    scores = dist.score(eta_old, batch.action)
-    gradient = linearization.vjp(scores * batch.advantage.unsqueeze(-1))
-    gradient = all_sum(gradient).div_(count)
-    gradient_norm = float(gradient.norm())
+    found = None if direction is None else Direction(*direction(batch.obs, batch.action, batch.advantage))
+    if found is None:
+        linearization, scores, gradient = _gradient(policy, batch.obs, batch.action, batch.advantage)
+        eta_old = linearization.output
+        gradient = all_sum(gradient).div_(count)
+        gradient_norm = float(gradient.norm())
+    else:
+        eta_old, gradient, gradient_norm = found.eta, found.gradient, float(found.gradient_norm)
     if not math.isfinite(gradient_norm):
         return StepReport(Outcome.NONFINITE_GRADIENT, max_kl, gradient_norm)
     if gradient_norm**2 < torch.finfo(gradient.dtype).tiny:  # CG could not hold its square
         return StepReport(Outcome.ZERO_GRADIENT, max_kl, gradient_norm)
 
-    fisher, preconditioner = _curvature(policy, linearization, batch.obs, scores, count, settings, all_sum, generator)
-    cg = conjugate_gradient(
-        lambda v: fisher(v).add_(v, alpha=settings.damping),
-        gradient,
-        max_iterations=settings.cg_iterations,
-        tolerance=settings.cg_tolerance,
-        preconditioner=preconditioner,
-    )
+    if found is None:
+        fisher, preconditioner = _curvature(
+            policy, linearization, batch.obs, scores, count, settings, all_sum, generator
+        )
+        cg = conjugate_gradient(
+            lambda v: fisher(v).add_(v, alpha=settings.damping),
+            gradient,
+            max_iterations=settings.cg_iterations,
+            tolerance=settings.cg_tolerance,
+            preconditioner=preconditioner,
+        )
+    else:
+        cg = solution(found.x.clone(), found.residual.clone(), found.trace)  # reports are kept
+        fisher = lambda v: fisher_product(policy.linearize(batch.obs), dist, count=count)(v)  # noqa: E731
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
     # Of a system that is all but solved it is rounding: x is as exact as its digits allow.
