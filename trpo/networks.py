@@ -257,8 +257,9 @@ class MlpLinearization:
         """Jᵀu [P] for u [B, K]."""
         parts: list[Tensor] = []
         for i, delta in self._backwards(u):
-            # A product with ones, which sums long columns faster than `sum` does.
-            parts = [(delta.T @ self._inputs[i]).flatten(), delta.T @ self._ones, *parts]
+            # On a GPU a product with ones sums long columns faster than `sum` does.
+            summed = delta.sum(0) if delta.is_cpu else delta.T @ self._ones
+            parts = [(delta.T @ self._inputs[i]).flatten(), summed, *parts]
         return torch.cat(parts)
 
     @torch.no_grad()
