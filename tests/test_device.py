@@ -17,6 +17,8 @@ from torch.utils import backend_registration
 
 from trpo.config import Config
 from trpo.device import training_device
+from trpo.distributed import join_group
+from trpo.errors import UserError
 
 CASES = Path(__file__).with_name("on_pretended_gpu.py")
 RUN = "total_steps: 1024, batch_size: 256, dtype: float64, checkpoint: {every_steps: 0}"
@@ -111,6 +113,14 @@ def test_auto_takes_a_gpu_that_has_work(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = Config.model_validate({"env": {"id": "Hopper-v5"}, **settings})
     assert str(training_device(config)) == expected
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes on this machine take a GPU each, and there are 2: start no more"):
+        join_group(torch.device("cuda", 0))
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class Recorded:
     The first call is an ordinary one, in which libraries set themselves up. The second records the operations and the
     addresses that they read and write, and nothing of Python. Hence the function
 
-    - starts operations on one GPU, waits for none of them, and draws no random numbers there;
+    - takes at least one argument, starts operations on its GPU, waits for none of them, and draws no random numbers there;
     - reads, beyond its arguments, tensors that stay where they are: parameters, which change in place;
     - returns tensors, which are overwritten by the next call.
 
@@ -69,16 +69,21 @@ class Recorded:
 
 def record(function: Callable[..., Tensors], arguments: Tensors, first: bool) -> tuple[Callable[[], None], Tensors]:
     """Records function(*arguments) without running it: what runs it, and where its results will be."""
-    graph = torch.cuda.CUDAGraph()
+    graph, device = torch.cuda.CUDAGraph(), arguments[0].device
     try:
         # Recorded in a stream of its own, since products of matrices have a workspace for each stream: graphs that run
         # side by side would share one. Other threads may go on using the GPU meanwhile.
-        stream = torch.cuda.Stream(priority=-1 if first else 0)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream(device, priority=-1 if first else 0)
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             results = function(*arguments)
     except RuntimeError as error:
         raise NotRecordableError(str(error.__context__ or error).partition("\n")[0]) from error
-    return graph.replay, results
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, results
 
 
 class SecondQueue:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trpo.errors import TrainingError, gist
+from trpo.errors import TrainingError, UserError, gist
 from trpo.reduction import AllSum, one_process
 
 CPU = torch.device("cpu")
@@ -94,11 +94,21 @@ def _if_all_are_there() -> Iterator[None]:
 
 
 def join_group(device: torch.device) -> Group:
-    """Joins the processes `torchrun` started; without it, a group of one."""
+    """Joins the processes `torchrun` started; without it, a group of one.
+
+    Raises:
+        UserError: processes would have to share a GPU, which their sums cannot.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Group(device=device)
     if device.type == "cuda":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(
+                f"{here} processes on this machine take a GPU each, and there are {gpus}: start no more, or set device "
+                "to cpu"
+            )
         torch.cuda.set_device(device)
     if joins := not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
