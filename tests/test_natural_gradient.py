@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from helpers import (
 from torch import Tensor
 
 from trpo.batch import Batch
+from trpo.config import NaturalGradientConfig
 from trpo.distributions import Categorical
 from trpo.natural_gradient import (
     CGSolution,
@@ -36,6 +38,7 @@ from trpo.natural_gradient import (
     Outcome,
     Rejection,
     StepReport,
+    blind_direction,
     fisher_product,
     trust_region_step,
 )
@@ -47,6 +50,20 @@ from trpo.normalizer import ObservationNormalizer
 from trpo.policy import Policy
 
 MAX_KL = 0.01
+
+
+@pytest.fixture(params=["looked at", "blind"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step here by a direction that is looked at on the way, and by one that a device finds on its own."""
+    usual = trust_region_step
+
+    def blind(policy: Policy, batch: Batch, *, settings: NaturalGradientConfig, **options: Any) -> StepReport:
+        alone = settings.preconditioner is None and settings.fisher_subsample == 1
+        direction = partial(blind_direction, policy, settings) if alone else None
+        return usual(policy, batch, settings=settings, direction=direction, **options)
+
+    if request.param == "blind":
+        monkeypatch.setitem(globals(), "trust_region_step", blind)
 
 
 def dense_fisher(policy: Policy, obs: Tensor) -> Tensor:
@@ -323,11 +340,14 @@ def test_a_system_that_is_solved_to_rounding_is_solved() -> None:
 
 
 def test_what_cg_has_when_it_breaks_down_far_from_a_solution_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(product: object, b: Tensor, **options: object) -> CGSolution:
-        return CGSolution(b, 0.5 * b, 0.5, 3, CGStatus.NONPOSITIVE_CURVATURE, torch.ones(3, dtype=F64))
-
-    monkeypatch.setattr("trpo.natural_gradient.step.conjugate_gradient", broken)
     policy = make_policy()
+
+    def broken(*args: object, **options: object) -> CGSolution:
+        x = torch.ones_like(policy.theta.vector)
+        return CGSolution(x, 0.5 * x, 0.5, 3, CGStatus.NONPOSITIVE_CURVATURE, torch.ones(3, dtype=F64))
+
+    for name in ("conjugate_gradient", "solution"):
+        monkeypatch.setattr(f"trpo.natural_gradient.step.{name}", broken)
     report = refused(policy, make_batch(policy))
     assert report.outcome is Outcome.NONPOSITIVE_CURVATURE and report.numerics_failed
 

@@ -30,7 +30,7 @@ class Recorded:
     The first call is an ordinary one, in which libraries set themselves up. The second records the operations and the
     addresses that they read and write, and nothing of Python. Hence the function
 
-    - takes at least one argument, starts operations on its GPU, waits for none of them, and draws no random numbers there;
+    - starts operations on the GPU of its arguments, waits for none of them, and draws no random numbers there;
     - reads, beyond its arguments, tensors that stay where they are: parameters, which change in place;
     - returns tensors, which are overwritten by the next call.
 

@@ -202,8 +202,8 @@ def trust_region_step(
             preconditioner=preconditioner,
         )
     else:
+        fisher = None
         cg = solution(found.x.clone(), found.residual.clone(), found.trace)  # reports are kept
-        fisher = lambda v: fisher_product(policy.linearize(batch.obs), dist, count=count)(v)  # noqa: E731
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
     # Of a system that is all but solved it is rounding: x is as exact as its digits allow.
@@ -214,6 +214,7 @@ def trust_region_step(
     fx = gradient - cg.residual - settings.damping * cg.x
     curvature, slope, norm = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient), cg.x.norm()]).tolist()
     if curvature < 1e-3 * slope:
+        fisher = fisher or fisher_product(policy.linearize(batch.obs), dist, count=count)
         curvature = float(torch.dot(cg.x, fisher(cg.x)))
     if not curvature > 0:
         # Of a policy that is nearly certain of its actions F itself is rounding, of either sign. That breaks nothing.
