@@ -84,8 +84,6 @@ def record(function: Callable[..., Any], arguments: tuple[Tensor, ...], first: b
     try:
         with recording:
             results = function(*arguments)
-    except RuntimeError as error:
-        raise trpo.cuda_graph.NotRecordableError(str(error)) from error
     finally:
         recording.undo()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trpo.config_file import parse_config
-from trpo.cuda_graph import NotRecordableError, Recorded
+from trpo.cuda_graph import Recorded
 from trpo.envs.torch_classic import TASKS
 from trpo.trainer import Trainer
 
@@ -112,7 +112,7 @@ def test_other_shapes_are_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(calls) == 2 + 1 + 2 and len(count) == 2
 
 
-def test_what_waits_is_refused_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_is_called_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     pretended_graph.pretend(monkeypatch)
     weight = torch.ones(3)
 
@@ -120,11 +120,12 @@ def test_what_waits_is_refused_and_not_run(monkeypatch: pytest.MonkeyPatch) -> N
         weight.add_(1.0)
         return (x / float(x.sum()),)
 
-    recorded = Recorded(function)
-    recorded(torch.ones(3))
-    with pytest.raises(NotRecordableError, match="not permitted"):
-        recorded(torch.ones(3))
-    assert torch.equal(weight, torch.full((3,), 2.0))
+    said: list[str] = []
+    recorded = Recorded(function, on_refusal=said.append)
+    for i in range(1, 5):
+        assert torch.equal(recorded(torch.ones(3))[0], torch.full((3,), 1 / 3))
+        assert torch.equal(weight, torch.full((3,), 1.0 + i))
+    assert len(said) == 1 and "not permitted" in said[0]
 
 
 def a_task_that_waits(patch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Started as one graph, they follow each other at the GPU's pace.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,14 +15,12 @@ from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
 
+_log = logging.getLogger(__name__)
+
 
 def can_record(device: torch.device) -> bool:
     """Whether the device knows graphs."""
     return device.type == "cuda"
-
-
-class NotRecordableError(Exception):
-    """A function did what cannot be recorded: it waited for the GPU, say."""
 
 
 class Recorded:
@@ -34,19 +33,25 @@ class Recorded:
     - reads, beyond its arguments, tensors that stay where they are: parameters, which change in place;
     - returns tensors, which are overwritten by the next call.
 
-    Replayed, it gives what the ordinary call gives, to the bit.
+    Replayed, it gives what the ordinary call gives, to the bit. One that does wait is called as usual from then on.
 
     Args:
         function: see above.
         first: its operations are let through before those of other graphs: for many small ones beside large ones.
-
-    Raises:
-        NotRecordableError: at the second call; nothing was run.
+        on_refusal: told once why it cannot be recorded.
     """
 
-    def __init__(self, function: Callable[..., Tensors], *, first: bool = False):
+    def __init__(
+        self,
+        function: Callable[..., Tensors],
+        *,
+        first: bool = False,
+        on_refusal: Callable[[str], None] = _log.warning,
+    ):
         self.function = function
         self.first = first
+        self.on_refusal = on_refusal
+        self._refused = False
         self._shapes: list[torch.Size] | None = None
         self._replay: Callable[[], None] | None = None
         self._arguments: Tensors = ()
@@ -54,12 +59,17 @@ class Recorded:
 
     def __call__(self, *arguments: Tensor) -> Tensors:
         shapes = [x.shape for x in arguments]
-        if shapes != self._shapes:
+        if self._refused or shapes != self._shapes:
             self._shapes, self._replay, self._results = shapes, None, ()
             return self.function(*arguments)
         if self._replay is None:
             self._arguments = tuple(x.clone() for x in arguments)
-            self._replay, self._results = record(self.function, self._arguments, self.first)
+            try:
+                self._replay, self._results = record(self.function, self._arguments, self.first)
+            except RuntimeError as error:  # nothing was run
+                self._refused = True
+                self.on_refusal(str(error.__context__ or error).partition("\n")[0])
+                return self.function(*arguments)
         else:
             for place, x in zip(self._arguments, arguments, strict=True):
                 place.copy_(x)
@@ -68,16 +78,17 @@ class Recorded:
 
 
 def record(function: Callable[..., Tensors], arguments: Tensors, first: bool) -> tuple[Callable[[], None], Tensors]:
-    """Records function(*arguments) without running it: what runs it, and where its results will be."""
+    """Records function(*arguments) without running it: what runs it, and where its results will be.
+
+    Raises:
+        RuntimeError: it did what cannot be recorded: it waited for the GPU, say.
+    """
     graph, device = torch.cuda.CUDAGraph(), arguments[0].device
-    try:
-        # Recorded in a stream of its own, since products of matrices have a workspace for each stream: graphs that run
-        # side by side would share one. Other threads may go on using the GPU meanwhile.
-        stream = torch.cuda.Stream(device, priority=-1 if first else 0)
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            results = function(*arguments)
-    except RuntimeError as error:
-        raise NotRecordableError(str(error.__context__ or error).partition("\n")[0]) from error
+    # Recorded in a stream of its own, since products of matrices have a workspace for each stream: graphs that run side
+    # by side would share one. Other threads may go on using the GPU meanwhile.
+    stream = torch.cuda.Stream(device, priority=-1 if first else 0)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        results = function(*arguments)
 
     def replay() -> None:
         with torch.cuda.device(device):

@@ -13,7 +13,7 @@ from gymnasium.spaces import Box, Space
 from torch import Tensor
 
 from trpo.config import EnvConfig
-from trpo.cuda_graph import NotRecordableError, Recorded, Tensors, can_record
+from trpo.cuda_graph import Recorded, Tensors, can_record
 from trpo.envs.contract import Step, check_env_count
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.stagger import first_episode_length
@@ -112,29 +112,21 @@ class TorchEnvs:
             run()
             return self._state, self._steps, self._limit
 
-        recorded: Recorded | None = Recorded(whole)
+        def refused(why: str) -> None:
+            self._on_warning(
+                f"backend torch: what {self._id} does in a step cannot be recorded as a CUDA graph, without which "
+                f"rollouts take longer: {why}"
+            )
+
+        recorded = Recorded(whole, on_refusal=refused)
 
         def go() -> None:
-            nonlocal recorded
-            if recorded is None:
-                run()
-                return
             if self._state is None:
                 raise RuntimeError("a step before the first reset()")
-            draws, state = self._draws, (self._state, self._steps, self._limit)
+            draws = self._draws
             first = torch.full((), draws, dtype=torch.int64, device=self.device)
-            try:
-                self._state, self._steps, self._limit = recorded(first, *state)
-            except NotRecordableError as error:
-                recorded = None
-                self._on_warning(
-                    f"backend torch: what {self._id} does in a step cannot be recorded as a CUDA graph, without which "
-                    f"rollouts take longer: {error}"
-                )
-                (self._state, self._steps, self._limit), self._draws, self._drawn = state, draws, iter(())
-                run()
-                return
-            self._draws, self._drawn = draws + steps, iter(())  # Python has counted the steps of a recording only
+            self._state, self._steps, self._limit = recorded(first, self._state, self._steps, self._limit)
+            self._draws, self._drawn = draws + steps, iter(())  # Python counts no steps of a replay
 
         return go
 
