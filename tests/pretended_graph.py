@@ -1,7 +1,8 @@
 """Pretended CUDA graphs, on the CPU: operations with the tensors they read and write, and nothing of Python.
 
 As with real ones, nothing runs while it is recorded, what would have to be waited for is refused, and a replay writes
-to the tensors of the recording.
+to the tensors of the recording. Unlike real ones they notice when they have gone stale: before each replay the function
+is recorded again, and has to do the same operations on the same numbers and the same memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +23,11 @@ import trpo.cuda_graph
 import trpo.envs.torch_native
 import trpo.value
 
-_LOOKS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::masked_select", "aten::nonzero")
-_DRAWS = ("aten::normal_", "aten::uniform_", "aten::random_", "aten::randperm", "aten::randn", "aten::rand")
+_REFUSED = {
+    torch.Tag.data_dependent_output,  # what tells Python a value
+    torch.Tag.dynamic_output_shape,  # or needs one for the shape of its result
+    torch.Tag.nondeterministic_seeded,
+}
 
 
 class Recording(TorchDispatchMode):
@@ -31,15 +36,29 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, Any]] = []
-        self._made: set[int] = set()  # storages of results
+        self.signature: list[tuple[str, ...]] = []  # what each does, on which numbers and which memory
+        self._made: dict[int, int] = {}  # storages of results, by their order
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # of storages written to: a tensor of each, and its values
         self._kept: list[Tensor] = []  # so that no address is used again
 
+    def __enter__(self) -> Recording:
+        self._looks = mock.patch.object(torch.Tensor, "tolist", _refuse("tolist"))
+        self._looks.start()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._looks.stop()
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = function.name().partition(".")[0]
-        if name in _LOOKS or name in _DRAWS:
-            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        given = tree_leaves((args, kwargs))
+        masks = function.name().startswith("aten::index") and any(
+            isinstance(x, Tensor) and x.dtype is torch.bool for x in tree_leaves(args[1])
+        )
+        if masks or _REFUSED & set(function.tags):
+            _refuse(function.name())()
+        self.signature.append((function.name(), *map(self._named, given)))
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for x in tree_leaves(value):
@@ -50,9 +69,17 @@ class Recording(TorchDispatchMode):
         tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self._kept += tensors
         if not any(returned.alias_info is not None for returned in function._schema.returns):
-            self._made |= {_address(x) for x in tensors}
+            for x in tensors:
+                self._made.setdefault(_address(x), len(self._made))
         self.operations.append((function, args, kwargs, result))
         return result
+
+    def _named(self, x: Any) -> str:
+        if not isinstance(x, Tensor):
+            return repr(x)
+        made = self._made.get(_address(x))
+        place = f"at {_address(x):x}" if made is None else f"result {made}"
+        return f"{place} + {x.storage_offset()} {tuple(x.shape)} {x.stride()}"
 
     def _save(self, x: Tensor) -> None:
         if _address(x) not in self._made and _address(x) not in self._before:
@@ -78,16 +105,34 @@ def _address(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def record(function: Callable[..., Any], arguments: tuple[Tensor, ...], first: bool) -> tuple[Callable[[], None], Any]:
-    """`trpo.cuda_graph.record`, pretended."""
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+
+    return refuse
+
+
+def _recorded(function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> tuple[Recording, Any]:
     recording = Recording()
     try:
         with recording:
-            results = function(*arguments)
+            return recording, function(*arguments)
     finally:
         recording.undo()
 
-    return torch.no_grad()(recording.replay), results
+
+def record(function: Callable[..., Any], arguments: tuple[Tensor, ...], first: bool) -> tuple[Callable[[], None], Any]:
+    """`trpo.cuda_graph.record`, pretended."""
+    recording, results = _recorded(function, arguments)
+
+    @torch.no_grad()
+    def replay() -> None:
+        now, _ = _recorded(function, arguments)
+        for was, is_ in zip(recording.signature, now.signature, strict=True):
+            assert was == is_, "what was recorded is no longer what the function does"
+        recording.replay()
+
+    return replay, results
 
 
 def pretend(patch: pytest.MonkeyPatch, *, recorded: bool = True) -> list[int]:

@@ -17,7 +17,7 @@ from torch.utils import backend_registration
 
 from trpo.config import Config
 from trpo.device import training_device
-from trpo.distributed import join_group
+from trpo.distributed import Group
 from trpo.errors import UserError
 
 CASES = Path(__file__).with_name("on_pretended_gpu.py")
@@ -116,11 +116,12 @@ def test_auto_takes_a_gpu_that_has_work(
 
 
 def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 processes on this machine take a GPU each, and there are 2: start no more"):
-        join_group(torch.device("cuda", 0))
+    def refuse(*_: Any, **__: Any) -> None:  # in the words of NCCL
+        raise RuntimeError("ncclInvalidUsage … Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 50")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+    with pytest.raises(UserError, match="two processes have been given one GPU: start as many as there are, or set"):
+        Group(0, 2).all_sum(torch.ones(1))
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from trpo import native
 from trpo.advantages import gae, horizon_lambda, standardize
 from trpo.batch import Batch, Rollout
-from trpo.config import Config, LearnedStdConfig
+from trpo.config import Config, LearnedStdConfig, NaturalGradientConfig
 from trpo.cores import update_threads
 from trpo.cuda_graph import Recorded, SecondQueue, can_record
 from trpo.distributed import Group
@@ -101,10 +101,7 @@ class Agent:
         self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
         self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
         self.value_fit = self._value_fit()
-        settings = config.natural_gradient
-        whole = settings.preconditioner is None and settings.fisher_subsample == 1
-        recorded = whole and group.size == 1 and can_record(device) and self.policy.closed_form
-        self._direction = Recorded(partial(blind_direction, self.policy, settings)) if recorded else None
+        self._recorded: tuple[NaturalGradientConfig, Recorded] | None = None
 
     def _value_fit(self) -> ValueFit:
         settings = self.config.value
@@ -151,7 +148,12 @@ class Agent:
         else:
             if self._queue is not None:
                 finish_fit = self._begin_fit(self._queue, batch.obs, target, progress=progress, timers=timers)
-            step = self._policy_step(batch, progress=progress, timers=timers)
+            try:
+                step = self._policy_step(batch, progress=progress, timers=timers)
+            except BaseException:
+                if self._queue is not None:  # before its tensors are given to others
+                    self._queue.join()
+                raise
         with timers("statistics"), torch.no_grad():
             eta = self.policy(batch.obs)
             # Last of all: until here the policy has to be the one that acted.
@@ -208,8 +210,18 @@ class Agent:
                 settings=self.config.natural_gradient,
                 all_sum=self.group.all_sum,
                 generator=self.fisher_generator,
-                direction=self._direction,
+                direction=self._direction(),
             )
+
+    def _direction(self) -> Recorded | None:
+        """`blind_direction` by the settings there are, recorded, if all of it can be."""
+        settings = self.config.natural_gradient
+        whole = settings.preconditioner is None and settings.fisher_subsample == 1
+        if not (whole and self.group.size == 1 and can_record(self.device) and self.policy.closed_form):
+            return None
+        if self._recorded is None or self._recorded[0] is not settings:
+            self._recorded = settings, Recorded(partial(blind_direction, self.policy, settings))
+        return self._recorded[1]
 
     def _fit(self, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers) -> FitReport:
         with timers("value_fit"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -89,9 +89,19 @@ class Collector:
         self.staggered = staggered
         self.goes_on = True  # with the episodes of the state that was loaded last
         self._left_out = torch.full((env.num_envs,), staggered, device=env.device)  # the running episodes
-        # Both on one device that knows graphs, and nothing but operations on it: a rollout is started as one of them.
-        in_one = getattr(env, "in_one", None) if policy.closed_form and theta.device == env.device else None
-        self._take_steps = in_one(self._steps, length) if in_one else self._steps
+        self._take_steps = self._in_one()
+
+    def _in_one(self) -> Callable[[], None]:
+        """`_steps`, with policy and environments on one device and nothing to wait for as one operation."""
+        in_one = getattr(self.env, "in_one", None)
+        together = self.policy.closed_form and self.policy.theta.vector.device == self.env.device
+        return in_one(self._steps, self.length) if in_one and together else self._steps
+
+    def begin_anew(self, env: BatchEnv) -> None:
+        """Goes on with other environments, as many as before, and their first episodes."""
+        self.env = env
+        self.obs.copy_(env.reset())
+        self._take_steps = self._in_one()
 
     @property
     def acting(self) -> Policy:

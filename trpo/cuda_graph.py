@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,11 +27,12 @@ def can_record(device: torch.device) -> bool:
 class Recorded:
     """A function of tensors, replayed as a CUDA graph whenever its arguments have the shapes they had before.
 
-    The first call is an ordinary one, in which libraries set themselves up. The second records the operations and the
+    The first call is an ordinary one, in which libraries set themselves up. A later one records the operations and the
     addresses that they read and write, and nothing of Python. Hence the function
 
     - starts operations on the GPU of its arguments, waits for none of them, and draws no random numbers there;
-    - reads, beyond its arguments, tensors that stay where they are: parameters, which change in place;
+    - reads, beyond its arguments, tensors that stay where they are: parameters, which change in place. What an ordinary
+      call has made for later ones is none of those;
     - returns tensors, which are overwritten by the next call.
 
     Replayed, it gives what the ordinary call gives, to the bit. One that does wait is called as usual from then on.
@@ -38,6 +40,8 @@ class Recorded:
     Args:
         function: see above.
         first: its operations are let through before those of other graphs: for many small ones beside large ones.
+        after: so many ordinary calls in a row with arguments of the same shapes, at least one: to record takes longer
+            than to call, and shapes may be others each time.
         on_refusal: told once why it cannot be recorded.
     """
 
@@ -46,21 +50,27 @@ class Recorded:
         function: Callable[..., Tensors],
         *,
         first: bool = False,
+        after: int = 1,
         on_refusal: Callable[[str], None] = _log.warning,
     ):
         self.function = function
         self.first = first
+        self.after = after
         self.on_refusal = on_refusal
         self._refused = False
         self._shapes: list[torch.Size] | None = None
+        self._calls = 0  # ordinary ones with these shapes
         self._replay: Callable[[], None] | None = None
         self._arguments: Tensors = ()
         self._results: Tensors = ()
 
     def __call__(self, *arguments: Tensor) -> Tensors:
         shapes = [x.shape for x in arguments]
-        if self._refused or shapes != self._shapes:
-            self._shapes, self._replay, self._results = shapes, None, ()
+        if shapes != self._shapes:
+            self._shapes, self._calls = shapes, 0
+            self._replay, self._arguments, self._results = None, (), ()
+        if self._refused or self._calls < self.after:
+            self._calls += 1
             return self.function(*arguments)
         if self._replay is None:
             self._arguments = tuple(x.clone() for x in arguments)
@@ -84,10 +94,12 @@ def record(function: Callable[..., Tensors], arguments: Tensors, first: bool) ->
         RuntimeError: it did what cannot be recorded: it waited for the GPU, say.
     """
     graph, device = torch.cuda.CUDAGraph(), arguments[0].device
-    # Recorded in a stream of its own, since products of matrices have a workspace for each stream: graphs that run side
-    # by side would share one. Other threads may go on using the GPU meanwhile.
-    stream = torch.cuda.Stream(device, priority=-1 if first else 0)
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(device),
+        _own_workspace(),
+        # Other threads may go on using the GPU meanwhile.
+        torch.cuda.graph(graph, stream=_stream(device, first), capture_error_mode="thread_local"),
+    ):
         results = function(*arguments)
 
     def replay() -> None:
@@ -95,6 +107,23 @@ def record(function: Callable[..., Tensors], arguments: Tensors, first: bool) ->
             graph.replay()
 
     return replay, results
+
+
+@lru_cache
+def _stream(device: torch.device, first: bool) -> torch.cuda.Stream:
+    """Where to record: what is recorded has its priority."""
+    return torch.cuda.Stream(device, priority=-1 if first else 0)
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Within, products of matrices are given workspaces of their own: torch has one for each stream, which graphs that
+    run side by side would share, and which may go with one of them."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class SecondQueue:

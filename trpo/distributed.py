@@ -89,26 +89,20 @@ def _if_all_are_there() -> Iterator[None]:
     except (NotImplementedError, RecursionError):
         raise
     except RuntimeError as error:  # the backend's, of closed connections and timeouts
+        if "Duplicate GPU" in str(error):
+            raise UserError(
+                "two processes have been given one GPU: start as many as there are, or set device to cpu"
+            ) from error
         problem = "another process of this run has ended or hangs; what it said tells why"
         raise TrainingError(f"{problem} ({gist(error)})") from error
 
 
 def join_group(device: torch.device) -> Group:
-    """Joins the processes `torchrun` started; without it, a group of one.
-
-    Raises:
-        UserError: processes would have to share a GPU, which their sums cannot.
-    """
+    """Joins the processes `torchrun` started; without it, a group of one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Group(device=device)
     if device.type == "cuda":
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if here > gpus:
-            raise UserError(
-                f"{here} processes on this machine take a GPU each, and there are {gpus}: start no more, or set device "
-                "to cpu"
-            )
         torch.cuda.set_device(device)
     if joins := not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -577,7 +577,7 @@ class Trainer:
             self.env.close()
             self.env = make_envs(self.config.env, seeds, device=self.device, on_warning=self._warn)
             self._tell_options()
-            self.collector.env, self.collector.obs = self.env, self.env.reset().clone()
+            self.collector.begin_anew(self.env)
         self._warn(NEW_EPISODES.format(why))
 
     def _say(self, text: str) -> None:

@@ -120,7 +120,7 @@ class AdamFit:
         self.all_sum = all_sum
         self._adam = Adam(value.theta.vector)
         self._linearizations: dict[int, ClosedForm] = {}  # work space by minibatch size; a fit has two at most
-        self._recorded = Recorded(partial(self._epoch, value), first=True)
+        self._recorded: tuple[ValueFunction, Recorded] | None = None
 
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
         return self.start(value, obs, target, progress=progress)()
@@ -155,7 +155,7 @@ class AdamFit:
             # Gathered once an epoch: minibatches are then views.
             shuffled, wanted = obs[order], target[order, None]
             if in_one:
-                self._recorded(shuffled, wanted, *self._adam.ahead(batches, learning_rate))
+                self._recorded_epoch(value)(shuffled, wanted, *self._adam.ahead(batches, learning_rate))
                 steps += batches
                 continue
             if native and self._adam.epoch(native, value.theta.vector, shuffled, wanted, sizes, learning_rate):
@@ -164,7 +164,7 @@ class AdamFit:
             minibatches = zip(shuffled.tensor_split(batches), wanted.tensor_split(batches), strict=True)
             for (x, y), count in zip(minibatches, counts, strict=True):
                 if count:  # processes with less than a sample a minibatch all put theirs in the first ones
-                    gradient = self._gradient(value, x, y, count)
+                    gradient = self._gradient(value, x, y, count, self._linearizations)
                     self._adam.step(value.theta.vector, gradient, learning_rate)
                     steps += 1
         after = _squared_error(value, obs, target, self.all_sum)
@@ -187,24 +187,37 @@ class AdamFit:
         seed = int(torch.randint(1 << 62, (), generator=self.generator))
         return torch.randperm(rows, generator=torch.Generator(device).manual_seed(seed), device=device)
 
+    def _recorded_epoch(self, value: ValueFunction) -> Recorded:
+        if self._recorded is None or self._recorded[0] is not value:
+            epoch = partial(self._epoch, value)
+            self._recorded = value, Recorded(epoch, first=True, after=self.settings.epochs)
+        return self._recorded[1]
+
     def _epoch(
         self, value: ValueFunction, obs: Tensor, target: Tensor, steps: Tensor, learning_rate: Tensor
     ) -> Tensors:
         """Steps on minibatches of obs [B, D] and target [B, 1] in order; the rest as of `Adam.ahead`."""
         batches = max(1, len(obs) // self.settings.minibatch_size)
+        made: dict[int, ClosedForm] = {}  # here, since a recording has no part in what others free
         for x, y in zip(obs.tensor_split(batches), target.tensor_split(batches), strict=True):
-            self._adam.fused(value.theta.vector, self._gradient(value, x, y, len(x)), steps, learning_rate)
+            gradient = self._gradient(value, x, y, len(x), made)
+            self._adam.fused(value.theta.vector, gradient, steps, learning_rate)
         return ()
 
-    def _gradient(self, value: ValueFunction, obs: Tensor, target: Tensor, count: float) -> Tensor:
-        """∇_θ of the mean squared error [P] over `count` samples, of which these are this process's."""
-        linearization: Linearization | None = self._linearizations.get(len(obs))
+    def _gradient(
+        self, value: ValueFunction, obs: Tensor, target: Tensor, count: float, made: dict[int, ClosedForm]
+    ) -> Tensor:
+        """∇_θ of the mean squared error [P] over `count` samples, of which these are this process's.
+
+        `made` holds work space by their number.
+        """
+        linearization: Linearization | None = made.get(len(obs))
         if isinstance(linearization, ClosedForm):
             linearization.move(obs)
         else:
             linearization = linearize(value.network, obs)
             if isinstance(linearization, ClosedForm):
-                self._linearizations[len(obs)] = linearization
+                made[len(obs)] = linearization
         error = linearization.output.sub_(target).mul_(2 / count)
         return self.all_sum(linearization.vjp(error))
 

@@ -49,6 +49,9 @@ class BatchEnv(Protocol):
 
     Where resets can be told what to begin with there is also `set_options(options)`: what every environment's `reset`
     is given from now on. `state_dict` has those of the running episodes.
+
+    Where many steps can be one operation of a device there is also `in_one(run, steps)`: a function that does what
+    `run` does, which steps so many times.
     """
 
     num_envs: int

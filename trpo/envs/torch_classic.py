@@ -39,6 +39,8 @@ class TorchTask:
         observe: states → observations [N, D].
         advance: states, actions [N, A] in the action space's dtype and bounds → (new states, reward [N] float64,
             terminated [N] bool).
+        pure: whether the three depend on their arguments and on nothing else, so that on a GPU their operations can be
+            recorded once and repeated. A number of Python's that changes meanwhile would stay what it was.
     """
 
     observation_space: Box
@@ -48,6 +50,7 @@ class TorchTask:
     begin: Callable[[Tensor], Tensor]
     observe: Callable[[Tensor], Tensor]
     advance: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    pure: bool = False
 
 
 GRAVITY, TIME_STEP, MAX_SPEED, MAX_TORQUE = 10.0, 0.05, 8.0, 2.0  # of the pendulum, whose mass and length are 1
@@ -119,6 +122,7 @@ TASKS = {
         begin=pendulum_begin,
         observe=pendulum_observe,
         advance=pendulum_advance,
+        pure=True,
     ),
     "CartPole-v1": TorchTask(
         observation_space=_bounds(2 * X_LIMIT, np.inf, 2 * ANGLE_LIMIT, np.inf),
@@ -128,5 +132,6 @@ TASKS = {
         begin=cart_pole_begin,
         observe=cart_pole_observe,
         advance=cart_pole_advance,
+        pure=True,
     ),
 }

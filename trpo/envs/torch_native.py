@@ -53,7 +53,7 @@ class TorchEnvs:
         self._on_warning = on_warning
         self._task = task = _task(config)
         self.num_envs = len(seeds)
-        self.device = device
+        self.device = device = torch.empty(0, device=device).device  # with its number
         self.single_observation_space = task.observation_space
         self.unflattened_observation_space: Space[Any] = task.observation_space
         self.single_action_space = task.action_space
@@ -85,7 +85,7 @@ class TorchEnvs:
         steps = self._steps + 1
         truncated = steps >= self._limit
         done = terminated | truncated
-        # New tensors, never changed in place, so that a `state_dict` stays what it was.
+        # New tensors, never changed in place: those there are may be arguments of a recording.
         self._state = torch.where(done, self._begin(), state)
         self._steps = steps.masked_fill_(done, 0)
         self._limit = self._limit.masked_fill(done, self._task.time_limit)
@@ -101,13 +101,13 @@ class TorchEnvs:
     def in_one(self, run: Callable[[], None], steps: int) -> Callable[[], None]:
         """`run`, which calls `step` so many times and does nothing that a graph cannot record, as one graph.
 
-        A device without graphs gets `run` itself.
+        A device without graphs, or a task that is not pure, gets `run` itself.
         """
-        if not can_record(self.device):
+        if not (can_record(self.device) and self._task.pure):
             return run
 
         def whole(first: Tensor, *state: Tensor) -> Tensors:
-            self._state, self._steps, self._limit = state
+            self._keys, self._state, self._steps, self._limit = state
             self._drawn = iter(self._new_episodes(first, steps))
             run()
             return self._state, self._steps, self._limit
@@ -123,10 +123,11 @@ class TorchEnvs:
         def go() -> None:
             if self._state is None:
                 raise RuntimeError("a step before the first reset()")
-            draws = self._draws
+            draws, keys = self._draws, self._keys
             first = torch.full((), draws, dtype=torch.int64, device=self.device)
-            self._state, self._steps, self._limit = recorded(first, self._state, self._steps, self._limit)
-            self._draws, self._drawn = draws + steps, iter(())  # Python counts no steps of a replay
+            self._state, self._steps, self._limit = recorded(first, keys, self._state, self._steps, self._limit)
+            # Python counts no steps of a replay.
+            self._draws, self._drawn, self._keys = draws + steps, iter(()), keys
 
         return go
 

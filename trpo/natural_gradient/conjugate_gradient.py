@@ -108,10 +108,12 @@ def blind_iterations(
     tolerance: float,
     preconditioner: Callable[[Tensor], Tensor] = lambda r: r,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with all scalars on b's device, where an iteration after the end changes nothing: nothing waits.
+    """`conjugate_gradient` up to where somebody has to look: all scalars stay on b's device; nothing waits for them.
+
+    Iterations after the end change nothing. Arguments are those of `conjugate_gradient`.
 
     Returns:
-        What `solution` reads, once, after the last iteration.
+        x [P], b − Ax [P] and the trace of the iterations, for `solution`.
     """
     x, r = torch.zeros_like(b), b.clone()
     p = z = preconditioner(r)
@@ -136,7 +138,7 @@ def blind_iterations(
 
 
 def solution(x: Tensor, r: Tensor, trace: Tensor) -> CGSolution:
-    """Of `blind_iterations`."""
+    """What `blind_iterations` found, and how it ended, which takes one look at the device."""
     norm, *flat = trace.tolist()
     return _solution(x, r, norm, [flat[i : i + 5] for i in range(0, len(flat), 5)])
 
