@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -223,6 +224,16 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert result.env_steps == UPDATES * 96 and result.evaluation is None
     assert [table(run, name) for name in (PROGRESS_FILE, EVALUATIONS_FILE)] == before[0]
     assert differences(load_state(run / "final"), before[1]) == []
+
+
+@pytest.mark.parametrize(("record", "said"), [("cuda:0", True), ("cpu", False), (None, False)])
+def test_a_run_that_goes_on_on_another_device_says_so(record, said, tmp_path):
+    run = train(config(), tmp_path, max_updates=1).directory
+    meta = json.loads((run / "meta.json").read_text())
+    (run / "meta.json").write_text(json.dumps(meta | {"device": record}) if record else "{")
+    resume(run)
+    note = "note: this run began on cuda and goes on on cpu, which rounds otherwise"
+    assert (note in (run / "log.txt").read_text()) is said
 
 
 def test_a_run_keeps_its_batch_size(tmp_path):

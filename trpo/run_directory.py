@@ -51,6 +51,13 @@ class RunDirectory:
         return self.path / "meta.json"
 
     @property
+    def began_on(self) -> str | None:
+        """The type of the device that the run began on; None where its record cannot be read."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads(self.meta_file.read_bytes())["device"]).partition(":")[0]
+        return None
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

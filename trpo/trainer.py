@@ -222,6 +222,9 @@ class Trainer:
                     self._say(f"note: schedules run to the new end; the KL of the next update may be {bound:.3g}")
                 if self.best_return == -math.inf and self.run.best.is_dir():
                     self._say("note: evaluations are of another task from now on, and the first of them replaces best/")
+        here = self.device.type
+        if resume and (began_on := self.run.began_on or here) != here:
+            self._say(f"note: this run began on {began_on} and goes on on {here}, which rounds otherwise")
         if self.options:
             self._say(f"note: resets are given {self.options} over env.options, as on_update had set")
         if self._origin is not None:
