@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,6 +40,9 @@ from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backt
 from trpo.networks import Linearization
 from trpo.parameters import FlatParameters
 from trpo.reduction import AllSum, one_process, total_count
+
+
+Product = Callable[[Tensor], Tensor]  # v ↦ Fv
 
 
 class PolicyModel(Protocol):
@@ -177,33 +181,19 @@ def trust_region_step(
     theta_old = policy.theta.vector.clone()
     dist = policy.distribution
     count = total_count(len(batch.obs), all_sum)
-    found = None if direction is None else Direction(*direction(batch.obs, batch.action, batch.advantage))
-    if found is None:
-        linearization, scores, gradient = _gradient(policy, batch.obs, batch.action, batch.advantage)
-        eta_old = linearization.output
-        gradient = all_sum(gradient).div_(count)
+    if direction is None:
+        eta_old, gradient, solve = _looked_at(policy, batch, count, settings, all_sum, generator)
         gradient_norm = float(gradient.norm())
     else:
-        eta_old, gradient, gradient_norm = found.eta, found.gradient, float(found.gradient_norm)
+        found = Direction(*direction(batch.obs, batch.action, batch.advantage))
+        eta_old, gradient, solve = found.eta, found.gradient, partial(_found, found, policy, batch, count)
+        gradient_norm = float(found.gradient_norm)
     if not math.isfinite(gradient_norm):
         return StepReport(Outcome.NONFINITE_GRADIENT, max_kl, gradient_norm)
     if gradient_norm**2 < torch.finfo(gradient.dtype).tiny:  # CG could not hold its square
         return StepReport(Outcome.ZERO_GRADIENT, max_kl, gradient_norm)
 
-    if found is None:
-        fisher, preconditioner = _curvature(
-            policy, linearization, batch.obs, scores, count, settings, all_sum, generator
-        )
-        cg = conjugate_gradient(
-            lambda v: fisher(v).add_(v, alpha=settings.damping),
-            gradient,
-            max_iterations=settings.cg_iterations,
-            tolerance=settings.cg_tolerance,
-            preconditioner=preconditioner,
-        )
-    else:
-        fisher = None
-        cg = solution(found.x.clone(), found.residual.clone(), found.trace)  # reports are kept
+    cg, fisher = solve()
     if cg.status is CGStatus.NONFINITE:
         return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
     # Of a system that is all but solved it is rounding: x is as exact as its digits allow.
@@ -214,7 +204,6 @@ def trust_region_step(
     fx = gradient - cg.residual - settings.damping * cg.x
     curvature, slope, norm = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient), cg.x.norm()]).tolist()
     if curvature < 1e-3 * slope:
-        fisher = fisher or fisher_product(policy.linearize(batch.obs), dist, count=count)
         curvature = float(torch.dot(cg.x, fisher(cg.x)))
     if not curvature > 0:
         # Of a policy that is nearly certain of its actions F itself is rounding, of either sign. That breaks nothing.
@@ -256,6 +245,40 @@ def trust_region_step(
     )
 
 
+def _looked_at(
+    policy: PolicyModel,
+    batch: Batch,
+    count: float,
+    settings: NaturalGradientConfig,
+    all_sum: AllSum,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Callable[[], tuple[CGSolution, Product]]]:
+    """η_old [B, K], the gradient [P], and what solves (F + λI) x = g and knows F, once g has been looked at."""
+    linearization, scores, gradient = _gradient(policy, batch.obs, batch.action, batch.advantage)
+    gradient = all_sum(gradient).div_(count)
+
+    def solve() -> tuple[CGSolution, Product]:
+        fisher, preconditioner = _curvature(
+            policy, linearization, batch.obs, scores, count, settings, all_sum, generator
+        )
+        cg = conjugate_gradient(
+            lambda v: fisher(v).add_(v, alpha=settings.damping),
+            gradient,
+            max_iterations=settings.cg_iterations,
+            tolerance=settings.cg_tolerance,
+            preconditioner=preconditioner,
+        )
+        return cg, fisher
+
+    return linearization.output, gradient, solve
+
+
+def _found(found: Direction, policy: PolicyModel, batch: Batch, count: float) -> tuple[CGSolution, Product]:
+    """What has been solved, in copies, as reports are kept; and F, which is seldom asked for."""
+    cg = solution(found.x.clone(), found.residual.clone(), found.trace)
+    return cg, lambda v: fisher_product(policy.linearize(batch.obs), policy.distribution, count=count)(v)
+
+
 def _curvature(
     policy: PolicyModel,
     linearization: Linearization,
@@ -265,7 +288,7 @@ def _curvature(
     settings: NaturalGradientConfig,
     all_sum: AllSum,
     generator: torch.Generator | None,
-) -> tuple[Callable[[Tensor], Tensor], KroneckerPreconditioner | None]:
+) -> tuple[Product, KroneckerPreconditioner | None]:
     """Fisher product and preconditioner, over the batch or a random share of it.
 
     Gradient and line search always see the whole batch.
