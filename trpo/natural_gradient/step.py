@@ -41,7 +41,6 @@ from trpo.networks import Linearization
 from trpo.parameters import FlatParameters
 from trpo.reduction import AllSum, one_process, total_count
 
-
 Product = Callable[[Tensor], Tensor]  # v ↦ Fv
 
 
