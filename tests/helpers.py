@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -19,6 +20,13 @@ from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, GivenStdHead, Policy
 
 F64 = torch.float64
+
+
+def no_graph(mode: bool = True) -> contextlib.AbstractContextManager[None]:
+    """In place of `torch.inference_mode`, for tensors that have to stay ordinary ones."""
+    return torch.no_grad() if mode else contextlib.nullcontext()
+
+
 OBS_DIM = 3
 
 FAMILIES: dict[str, Distribution] = {

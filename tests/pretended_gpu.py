@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from helpers import no_graph
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -137,6 +138,5 @@ class _Made(TorchFunctionMode):
 def pretended_gpu() -> Iterator[None]:
     """Within, tensors may be made on `DEVICE`."""
     # A view of a tensor made outside would be one of inference inside, which these cannot be.
-    without = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()  # noqa: E731
-    with _Made(), mock.patch.object(torch, "inference_mode", without):
+    with _Made(), mock.patch.object(torch, "inference_mode", no_graph):
         yield

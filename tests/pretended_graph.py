@@ -7,13 +7,13 @@ is recorded again, and has to do the same operations on the same numbers and the
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from helpers import no_graph
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -148,8 +148,12 @@ def pretend(patch: pytest.MonkeyPatch, *, recorded: bool = True) -> list[int]:
         patch.setattr(module, "can_record", lambda device: True)
     patch.setattr(trpo.cuda_graph, "record", counted)
     # Tensors of inference could not be written to from outside, as nobody but these here does.
-    without = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()  # noqa: E731
-    patch.setattr(torch, "inference_mode", without)
+    patch.setattr(torch, "inference_mode", no_graph)
     if not recorded:
-        patch.setattr(trpo.cuda_graph.Recorded, "__call__", lambda self, *arguments: self.function(*arguments))
+        only_call(patch)
     return count
+
+
+def only_call(patch: pytest.MonkeyPatch) -> None:
+    """From now on nothing is recorded, neither on a real GPU."""
+    patch.setattr(trpo.cuda_graph.Recorded, "__call__", lambda self, *arguments: self.function(*arguments))

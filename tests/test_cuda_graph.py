@@ -300,7 +300,7 @@ def test_a_run_on_a_gpu_is_repeated_and_resumed_to_the_bit(name: str, dtype: str
         expected = trained(text, tmp_path / "expected", device="cuda")
         assert_same(trained(text, tmp_path / "again", device="cuda"), expected)
         assert_same(trained(text, tmp_path / "resumed", device="cuda", stops=(1, 3)), expected)
-        patch.setattr(Recorded, "__call__", lambda self, *arguments: self.function(*arguments))
+        pretended_graph.only_call(patch)
         assert_same(trained(text, tmp_path / "called", device="cuda"), expected)
 
 
@@ -311,5 +311,5 @@ def test_recordings_do_not_go_stale_on_a_gpu(
 ) -> None:
     monkeypatch.setitem(globals(), "DEVICE", "cuda")
     recorded = story(tmp_path / "recorded")
-    monkeypatch.setattr(Recorded, "__call__", lambda self, *arguments: self.function(*arguments))
+    pretended_graph.only_call(monkeypatch)
     assert_same(recorded, story(tmp_path / "called"))

@@ -110,9 +110,7 @@ def test_calls_do_not_disturb_each_other_or_their_arguments(kind: str) -> None:
 def test_closed_form_accepts_non_contiguous_cotangents() -> None:
     mlp = make_mlp([OBS_DIM, 5, 2])
     linearization, wide = MlpLinearization(mlp, randn(7, OBS_DIM)), randn(7, 4)
-    # Sums over memory that lies otherwise may be rounded otherwise.
-    apart, together = (linearization.vjp(u) for u in (wide[:, ::2], wide[:, ::2].contiguous()))
-    assert relative_error(apart, together) <= TOLERANCE
+    assert torch.equal(linearization.vjp(wide[:, ::2]), linearization.vjp(wide[:, ::2].contiguous()))
 
 
 def test_autograd_linearisation_takes_any_module() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from trpo import native
 from trpo.advantages import gae, horizon_lambda, standardize
 from trpo.batch import Batch, Rollout
-from trpo.config import Config, LearnedStdConfig, NaturalGradientConfig
+from trpo.config import Config, LearnedStdConfig
 from trpo.cores import update_threads
 from trpo.cuda_graph import Recorded, SecondQueue, can_record
 from trpo.distributed import Group
@@ -62,8 +62,6 @@ class Agent:
     Attributes:
         threads: of an update, all together.
         torch_threads: those of them that torch should have; the others are for compiled code, or for V's fit.
-        fits_beside: whether V is fitted while the policy takes its step, in one of them or in a queue of its own on a
-            GPU: the same operations.
     """
 
     def __init__(
@@ -92,16 +90,16 @@ class Agent:
         # Compiled code shares a batch among threads to the same bits; what torch computes depends on how many it has.
         compiled = self.policy.compiled and self.value.compiled
         self.threads = update_threads(config.threads) if config.threads or compiled else 1
-        # Not where sums over processes would meet in another order.
+        # V is fitted while the policy takes its step, by the same operations: in one of the threads, or in a queue of
+        # its own on a GPU. Not where sums over processes would meet in another order.
         apart = group.size == 1 and not config.value.fit_first
+        self._thread_beside = apart and self.threads > 1 and device.type == "cpu"
         self._queue = SecondQueue(device) if apart and device.type == "cuda" and config.value.fit == "adam" else None
-        beside = apart and self.threads > 1 and device.type == "cpu"
-        self.fits_beside = beside or self._queue is not None
-        self.torch_threads = 1 if compiled else self.threads - beside
+        self.torch_threads = 1 if compiled else self.threads - self._thread_beside
         self.fit_generator = torch.Generator().manual_seed(stream_seed(config.seed, "value_fit", group.rank))
         self.fisher_generator = torch.Generator().manual_seed(stream_seed(config.seed, "fisher", group.rank))
         self.value_fit = self._value_fit()
-        self._recorded: tuple[NaturalGradientConfig, Recorded] | None = None
+        self._recorded = Recorded(partial(blind_direction, self.policy))
 
     def _value_fit(self) -> ValueFit:
         settings = self.config.value
@@ -135,7 +133,7 @@ class Agent:
             with timers("advantages"):
                 batch, _, _ = self.estimate(samples, progress=progress)
             step = self._policy_step(batch, progress=progress, timers=timers)
-        elif self.fits_beside and self._queue is None:
+        elif self._thread_beside:
             # The other thread has as many threads of torch as were set last anywhere, unless it is told.
             with (
                 native.spare_threads(-1) as is_idle_again,
@@ -213,15 +211,13 @@ class Agent:
                 direction=self._direction(),
             )
 
-    def _direction(self) -> Recorded | None:
+    def _direction(self) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None:
         """`blind_direction` by the settings there are, recorded, if all of it can be."""
         settings = self.config.natural_gradient
         whole = settings.preconditioner is None and settings.fisher_subsample == 1
         if not (whole and self.group.size == 1 and can_record(self.device) and self.policy.closed_form):
             return None
-        if self._recorded is None or self._recorded[0] is not settings:
-            self._recorded = settings, Recorded(partial(blind_direction, self.policy, settings))
-        return self._recorded[1]
+        return partial(self._recorded, settings)
 
     def _fit(self, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers) -> FitReport:
         with timers("value_fit"):

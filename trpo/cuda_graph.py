@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ def can_record(device: torch.device) -> bool:
 class Recorded:
     """A function of tensors, replayed as a CUDA graph whenever its arguments have the shapes they had before.
 
+    Arguments that come before the first tensor are constants of a recording: with others it is made anew.
+
     The first call is an ordinary one, in which libraries set themselves up. A later one records the operations and the
     addresses that they read and write, and nothing of Python. Hence the function
 
@@ -40,7 +43,7 @@ class Recorded:
     Args:
         function: see above.
         first: its operations are let through before those of other graphs: for many small ones beside large ones.
-        after: so many ordinary calls in a row with arguments of the same shapes, at least one: to record takes longer
+        after: so many ordinary calls in a row with the same constants and shapes, at least one: to record takes longer
             than to call, and shapes may be others each time.
         on_refusal: told once why it cannot be recorded.
     """
@@ -58,30 +61,33 @@ class Recorded:
         self.after = after
         self.on_refusal = on_refusal
         self._refused = False
-        self._shapes: list[torch.Size] | None = None
-        self._calls = 0  # ordinary ones with these shapes
+        self._kind: list[Any] = []  # constants and shapes
+        self._calls = 0  # ordinary ones of this kind
         self._replay: Callable[[], None] | None = None
         self._arguments: Tensors = ()
         self._results: Tensors = ()
 
-    def __call__(self, *arguments: Tensor) -> Tensors:
-        shapes = [x.shape for x in arguments]
-        if shapes != self._shapes:
-            self._shapes, self._calls = shapes, 0
+    def __call__(self, *arguments: Any) -> Tensors:
+        tensors = tuple(x for x in arguments if isinstance(x, Tensor))
+        constants = arguments[: -len(tensors)]
+        kind = [*constants, *(x.shape for x in tensors)]
+        if kind != self._kind:
+            self._kind, self._calls = kind, 0
             self._replay, self._arguments, self._results = None, (), ()
         if self._refused or self._calls < self.after:
             self._calls += 1
             return self.function(*arguments)
         if self._replay is None:
-            self._arguments = tuple(x.clone() for x in arguments)
+            self._arguments = tuple(x.clone() for x in tensors)
             try:
-                self._replay, self._results = record(self.function, self._arguments, self.first)
+                function = partial(self.function, *constants)
+                self._replay, self._results = record(function, self._arguments, self.first)
             except RuntimeError as error:  # nothing was run
                 self._refused = True
                 self.on_refusal(str(error.__context__ or error).partition("\n")[0])
                 return self.function(*arguments)
         else:
-            for place, x in zip(self._arguments, arguments, strict=True):
+            for place, x in zip(self._arguments, tensors, strict=True):
                 place.copy_(x)
         self._replay()
         return self._results

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -120,7 +119,7 @@ class AdamFit:
         self.all_sum = all_sum
         self._adam = Adam(value.theta.vector)
         self._linearizations: dict[int, ClosedForm] = {}  # work space by minibatch size; a fit has two at most
-        self._recorded: tuple[ValueFunction, Recorded] | None = None
+        self._recorded = Recorded(self._epoch, first=True, after=settings.epochs)
 
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
         return self.start(value, obs, target, progress=progress)()
@@ -155,7 +154,7 @@ class AdamFit:
             # Gathered once an epoch: minibatches are then views.
             shuffled, wanted = obs[order], target[order, None]
             if in_one:
-                self._recorded_epoch(value)(shuffled, wanted, *self._adam.ahead(batches, learning_rate))
+                self._recorded(value, batches, shuffled, wanted, *self._adam.ahead(batches, learning_rate))
                 steps += batches
                 continue
             if native and self._adam.epoch(native, value.theta.vector, shuffled, wanted, sizes, learning_rate):
@@ -187,17 +186,10 @@ class AdamFit:
         seed = int(torch.randint(1 << 62, (), generator=self.generator))
         return torch.randperm(rows, generator=torch.Generator(device).manual_seed(seed), device=device)
 
-    def _recorded_epoch(self, value: ValueFunction) -> Recorded:
-        if self._recorded is None or self._recorded[0] is not value:
-            epoch = partial(self._epoch, value)
-            self._recorded = value, Recorded(epoch, first=True, after=self.settings.epochs)
-        return self._recorded[1]
-
     def _epoch(
-        self, value: ValueFunction, obs: Tensor, target: Tensor, steps: Tensor, learning_rate: Tensor
+        self, value: ValueFunction, batches: int, obs: Tensor, target: Tensor, steps: Tensor, learning_rate: Tensor
     ) -> Tensors:
-        """Steps on minibatches of obs [B, D] and target [B, 1] in order; the rest as of `Adam.ahead`."""
-        batches = max(1, len(obs) // self.settings.minibatch_size)
+        """Steps on so many minibatches of obs [B, D] and target [B, 1] in order; the rest as of `Adam.ahead`."""
         made: dict[int, ClosedForm] = {}  # here, since a recording has no part in what others free
         for x, y in zip(obs.tensor_split(batches), target.tensor_split(batches), strict=True):
             gradient = self._gradient(value, x, y, len(x), made)
