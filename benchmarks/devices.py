@@ -3,10 +3,11 @@
     python benchmarks/devices.py [--device cpu --device cuda …] [--envs 1024 --envs 16384 …] [--repeats 5]
 
 Pendulum as tensors (`env.backend: torch`), rollouts of 16 steps, the critic's epochs in 16 minibatches, all else the
-defaults; and Hopper, simulated on the CPU, with the defaults but for the width of the networks. Beside an update stand
-two floors: its matrix products at the best rate that the device reaches, and its operations in the time that starting
-one takes, of which a CUDA graph counts as none. Writes benchmarks/devices.json and .md. `device: auto`
-(`trpo/device.py`) should choose what is faster here.
+defaults; Hopper, simulated on the CPU, with the defaults but for the width of the networks; and layers of one's own
+(`policy.body`, `value.body`): Hopper's in torch, and convolutions over pictures. Beside an update stand two floors: its
+matrix products at the best rate that the device reaches, and its operations in the time that starting one takes, of
+which a CUDA graph counts as none. Writes benchmarks/devices.json and .md. `device: auto` (`trpo/device.py`) should
+choose what is faster here.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ STEPS = 16  # of a rollout
 MINIBATCHES = 16
 ENVS = (64, 256, 1024, 4096, 16384)
 WIDTHS = (64, 128, 256, 512)  # of Hopper's networks
+OWN = (("Hopper-v5", "own_layers:dense"), ("own_layers:Pictures-v0", "own_layers:convolutions"))  # tasks and bodies
 UPDATES = ((2048, 64), (2048, 256), (16384, 64), (16384, 256), (131072, 64))  # batch, units of two hidden layers
 
 
@@ -60,14 +62,20 @@ def simulated(device: str, hidden: int) -> Config:
     return config(device, hidden, env={"id": "Hopper-v5"})
 
 
-def config(device: str, hidden: int, *, adam: dict[str, Any] | None = None, **settings: Any) -> Config:
+def own_layers(device: str, task: str, body: str) -> Config:
+    """A task on the CPU, a user's own layers on `device`."""
+    return config(device, 64, env={"id": task}, body={"name": body})
+
+
+def config(device: str, hidden: int, *, adam: Any = None, body: Any = None, **settings: Any) -> Config:
+    network = {"hidden_sizes": [hidden, hidden], "body": body}
     return Config.model_validate(
         {
             **settings,
             "total_steps": 10**12,
             "device": device,
-            "policy": {"hidden_sizes": [hidden, hidden]},
-            "value": {"hidden_sizes": [hidden, hidden], "adam": adam or {}},
+            "policy": network,
+            "value": {**network, "adam": adam or {}},
             "evaluation": {"every_steps": 0},
             "checkpoint": {"every_steps": 0},
         }
@@ -93,7 +101,7 @@ def training(config: Config, repeats: int) -> dict[str, Any]:
         "device": config.device,
         "task": config.env.id,
         "envs": config.env.num_envs,
-        "hidden": config.policy.hidden_sizes[0],
+        "layers": config.policy.body.name if config.policy.body else config.policy.hidden_sizes[0],
         "batch": config.batch_size,
         "steps_per_s": config.batch_size / iteration,
         "rollout_s": rollout,
@@ -136,17 +144,12 @@ def start_time(device: str) -> float:
 
 
 def report(result: dict[str, Any]) -> str:
-    def rows(task: str, what: str) -> list[tuple[str, ...]]:
-        return [
-            (
-                r["device"],
-                number(r[what]),
-                number(r["steps_per_s"]),
-                *map(milliseconds, (r["rollout_s"], r["iteration_s"])),
-            )
-            for r in result["training"]
-            if r["task"] == task
+    def trained(part: str, title: str, head: str, label: Callable[[dict[str, Any]], str]) -> str:
+        rows = [
+            (r["device"], label(r), number(r["steps_per_s"]), *map(milliseconds, (r["rollout_s"], r["iteration_s"])))
+            for r in result["training"][part]
         ]
+        return table(title, ("Device", head, "Steps/s", "Rollout, ms", "Iteration, ms"), rows)
 
     updates = [
         (
@@ -162,18 +165,25 @@ def report(result: dict[str, Any]) -> str:
         "An update holds the critic's and the statistics. Its floors are that of the policy's matrix products, and\n"
         "that of starting torch's operations one by one, of which compiled code leaves few, and graphs.\n"
     )
-    columns = ("Steps/s", "Rollout, ms", "Iteration, ms")
     sections = [
         head,
-        table(
+        trained(
+            "tensors",
             f"Training on Pendulum-v1 as tensors, {STEPS} steps a rollout",
-            ("Device", "Environments", *columns),
-            rows("Pendulum-v1", "envs"),
+            "Environments",
+            lambda r: number(r["envs"]),
         ),
-        table(
+        trained(
+            "simulated",
             "Training on Hopper-v5, simulated on the CPU, by the width of the networks",
-            ("Device", "Width", *columns),
-            rows("Hopper-v5", "hidden"),
+            "Width",
+            lambda r: number(r["layers"]),
+        ),
+        trained(
+            "own layers",
+            "Training with layers of one's own, simulated on the CPU",
+            "Task: layers",
+            lambda r: f"{r['task']}: {r['layers']}",
         ),
     ]
     header = ("Device", "Batch × width", "Update, ms", "Products alone, ms", "Starting alone, ms", "Operations")
@@ -192,13 +202,14 @@ def main() -> None:
     result = {
         "machine": f"{processor()}, {os.cpu_count()} cores; {', '.join(gpus) or 'no GPU'}",
         "torch": torch.__version__,
-        "training": [
-            training(made, args.repeats)
-            for made in (
-                *(tensors(device, envs) for envs in args.envs or ENVS for device in devices),
-                *(simulated(device, hidden) for hidden in WIDTHS for device in devices),
-            )
-        ],
+        "training": {
+            part: [training(config, args.repeats) for config in configs]
+            for part, configs in {
+                "tensors": [tensors(device, envs) for envs in args.envs or ENVS for device in devices],
+                "simulated": [simulated(device, hidden) for hidden in WIDTHS for device in devices],
+                "own layers": [own_layers(device, *own) for own in OWN for device in devices],
+            }.items()
+        },
         "updates": [
             {"device": device, "batch": batch, "hidden": hidden, **update(device, batch, hidden, args.repeats)}
             for batch, hidden in UPDATES

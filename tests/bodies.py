@@ -36,6 +36,10 @@ class Log(nn.Module):
         return x.log()
 
 
+def convolution(inputs: int) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, inputs)), nn.Conv1d(1, 8, 2), nn.Tanh(), nn.Flatten())
+
+
 def diverges(inputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, 3), Log())
 

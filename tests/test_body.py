@@ -75,6 +75,15 @@ def test_the_last_layer_is_put_on_the_body_and_starts_as_the_built_in_one_does()
     assert not torch.equal(other.network.body.value.weight, network.body.value.weight)
 
 
+def test_weights_do_not_hang_on_what_a_module_draws_when_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    box, actions = spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-2, 2, (1,))
+    policy = build_policy(config(), box, actions, generator=seeded(), device=CPU)
+    monkeypatch.delitem(sys.modules, "bodies")  # which makes a layer at once
+    again = build_policy(config(), box, actions, generator=seeded(), device=CPU)
+    assert type(again.network.body) is not type(policy.network.body)
+    assert torch.equal(again.theta.vector, policy.theta.vector)
+
+
 def fitted(fit: str, epochs: int, times: int) -> tuple[ValueFunction, ValueFunction, FitReport]:
     """V before and after so many fits to a product of an observation with a sigmoid of another."""
     settings = config(fit=fit, dtype="float64")

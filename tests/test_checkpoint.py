@@ -181,7 +181,7 @@ def test_a_module_state_dict_loads_as_dict() -> None:
         {3: "integer key"},
         lambda: None,
     ],
-    ids=repr,
+    ids=lambda bad: type(bad).__name__,
 )
 def test_an_unsupported_value_names_its_place_and_touches_nothing(tmp_path: Path, bad: Any) -> None:
     with pytest.raises(TypeError, match=r"^state/outer/1/in~1ner"):

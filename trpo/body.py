@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,9 +37,11 @@ def make_body(
             one call to the next: then what acted would not be what is updated.
     """
     with torch.random.fork_rng(devices=[]):
+        # Before there is a seed: a module that draws random numbers does so when it is imported first, not again.
+        factory = imported(settings.name, key=f"{key}.body.name", kind=ConfigError)
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         # A copy: whoever makes one module for all calls would have policies share it, and V.
-        body = copy.deepcopy(_made(settings, inputs, key)).to(device, dtype)
+        body = copy.deepcopy(_made(factory, settings, inputs, key)).to(device, dtype)
         return body, _looked_at(body, probe(inputs, dtype, device), f"{key}.body: the module of {settings.name}")
 
 
@@ -47,8 +50,7 @@ def probe(inputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.linspace(-1, 1, 5 * inputs, dtype=dtype, device=device).view(5, inputs)
 
 
-def _made(settings: BodyConfig, inputs: int, key: str) -> nn.Module:
-    factory = imported(settings.name, key=f"{key}.body.name", kind=ConfigError)
+def _made(factory: Callable[..., Any], settings: BodyConfig, inputs: int, key: str) -> nn.Module:
     try:
         made: Any = factory(inputs, **settings.kwargs)
     except Exception as error:
