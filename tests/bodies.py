@@ -86,6 +86,17 @@ class Attention(nn.Module):
         return self.attend(h, h, h, attn_mask=self.mask, need_weights=False)[0].mean(1)
 
 
+class Recurrent(nn.Module):
+    """Over the components of an observation, one after the other."""
+
+    def __init__(self, inputs: int):
+        super().__init__()
+        self.layer = nn.GRU(1, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[..., None])[0][:, -1]
+
+
 class Keeping(nn.Module):
     """Makes a table when it is called first, and keeps it."""
 

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, GivenStdHead, Policy
 
 F64 = torch.float64
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 def no_graph(mode: bool = True) -> contextlib.AbstractContextManager[None]:

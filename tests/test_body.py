@@ -15,7 +15,7 @@ import torch
 from bodies import Gated
 from commands import PROJECT, config_for, one_line, run_script
 from gymnasium import spaces
-from helpers import F64, randn, relative_error, seeded, torch_kl
+from helpers import F64, on_gpu, randn, relative_error, seeded, torch_kl
 from test_resume import assert_same_run
 
 from trpo.agent import Agent
@@ -142,7 +142,10 @@ def test_it_trains_resumes_to_the_bit_and_is_opened(kind: str, fit: str, tmp_pat
     assert last.action_space.contains(last.act(np.zeros(last.obs_dim, np.float32)))
 
 
-@pytest.mark.parametrize("name", ["Twice", "Attention", "Keeping", "Frozen", "lazy"])
+UNUSUAL = ["Twice", "Attention", "Recurrent", "Keeping", "Frozen", "lazy", "convolution"]
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_ones_train_and_resume_to_the_bit_too(name: str, tmp_path: Path) -> None:
     body = {"body": {"name": f"bodies:{name}"}}
     settings = config(policy=body, fit="gauss_newton").model_copy(update={"value": config().value})
@@ -155,6 +158,22 @@ def test_unusual_ones_train_and_resume_to_the_bit_too(name: str, tmp_path: Path)
     moved = {key for key, value in last.state_dict().items() if "body" in key and not torch.equal(value, first[key])}
     assert {key for key, p in last.named_parameters() if p.requires_grad and "body" in key} <= moved
     assert all(not key.startswith("network.body.first") for key in moved) or name != "Frozen"
+
+
+@on_gpu
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_on_a_gpu_they_learn_what_they_learn_on_a_cpu(name: str, tmp_path: Path) -> None:
+    thetas = []
+    for device in ("cpu", "cuda"):
+        body = {"body": {"name": f"bodies:{name}"}}
+        settings = config(policy=body, fit="gauss_newton", dtype="float64")
+        settings = settings.model_copy(update={"value": config().value, "device": device})
+        trainer = Trainer(settings, root=tmp_path, console=False)
+        trainer.train()
+        assert trainer.agent.policy.theta.vector.device.type == device
+        thetas.append(torch.cat([part.theta.vector.cpu() for part in (trainer.agent.policy, trainer.agent.value)]))
+    # A GPU sums in another order, and so does each of three updates.
+    torch.testing.assert_close(thetas[1], thetas[0], rtol=1e-5, atol=1e-7)
 
 
 def test_a_layer_used_twice_takes_its_natural_gradient_step() -> None:

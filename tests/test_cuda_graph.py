@@ -12,7 +12,7 @@ from typing import Any
 import pretended_graph
 import pytest
 import torch
-from helpers import randn
+from helpers import on_gpu, randn
 from torch import Tensor
 
 from trpo.config import Config
@@ -43,8 +43,6 @@ SETTINGS = {
 }
 # Of rollout, direction and epoch, where not all three are.
 RECORDED = {"other environments": 2, "layers of one's own": 0, "without graphs of the policy": 2, "Gauss-Newton": 2}
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 DEVICE = "cpu"  # unless a test says otherwise

@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import config_for
+from helpers import on_gpu, randn, relative_error
 from torch.utils import backend_registration
 
 from trpo.config import Config
-from trpo.device import training_device
+from trpo.device import exact_convolutions, training_device
 from trpo.distributed import Group
 from trpo.errors import UserError
+from trpo.trainer import Trainer
 
 CASES = Path(__file__).with_name("on_pretended_gpu.py")
 RUN = "total_steps: 1024, batch_size: 256, dtype: float64, checkpoint: {every_steps: 0}"
@@ -128,3 +132,49 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     wide = Config.model_validate({"env": {"id": "Hopper-v5"}, "policy": {"hidden_sizes": [512]}})
     assert str(training_device(wide)) == "cpu"
+
+
+@pytest.fixture
+def cudnn() -> Iterator[Any]:
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.allow_tf32
+    yield cudnn
+    cudnn.deterministic, cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_training_has_convolutions_exact_and_leaves_torch_as_it_was(tf32: bool, cudnn: Any, tmp_path: Path) -> None:
+    def state() -> tuple[Any, ...]:
+        return cudnn.deterministic, cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+    cudnn.allow_tf32 = tf32
+    before, within = state(), []
+    settings = config_for("Pendulum-v1", total_steps=128, batch_size=128, device="cpu")
+    Trainer(settings, root=tmp_path, console=False, on_update=lambda *_: within.append(state())).train()
+    assert within == [(True, False, "ieee", "ieee")]
+    assert state() == before
+
+
+def test_who_speaks_of_precision_by_its_newer_name_is_understood(cudnn: Any) -> None:
+    cudnn.conv.fp32_precision = "ieee"  # of recurrent layers it is tf32: asked by the older name, torch raises
+    with exact_convolutions():
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "ieee")
+    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+    cudnn.conv.fp32_precision = "tf32"
+
+
+@on_gpu
+def test_on_a_gpu_a_convolutions_gradient_is_exact_and_the_same_each_time() -> None:
+    """Of a size at which cuDNN sums by atomic operations, and rounds to TF32, unless it is told."""
+    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 16, 8, stride=4), torch.nn.Tanh(), torch.nn.Conv2d(16, 32, 4))
+    layers, x = layers.double().cuda(), randn(2048, 1, 64, 64).cuda()
+
+    def gradient() -> torch.Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(layers(x).square().mean(), [*layers.parameters()])])
+
+    expected = gradient()
+    layers, x = layers.float(), x.float()
+    with exact_convolutions():
+        actual = [gradient() for _ in range(10)]
+    assert all(torch.equal(g, actual[0]) for g in actual)
+    assert relative_error(actual[0].double(), expected) < 1e-5  # of TF32 1e-4 or more: rounding to 10 bits is 5e-4

@@ -99,7 +99,7 @@ def test_a_run_has_the_same_bits_whatever_the_threads(
         )
         torch.set_num_threads(given)
         try:
-            with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
+            with closing(Trainer(config, root=tmp_path, console=False)) as source, source.torch_for_training():
                 assert (torch.get_num_threads(), native._threads()) == (1, given)
                 for _ in range(2):
                     source._iteration()
@@ -118,7 +118,7 @@ def test_torch_has_several_threads_only_where_the_settings_say_so(
     monkeypatch.setattr("trpo.cores._CGROUP", tmp_path)
     for count, expected in [(0, (1, 1)), (3, (2, 3))]:  # one fits V
         config = config_for("Pendulum-v1", device="cpu", threads=count, **different)
-        with closing(Trainer(config, root=tmp_path, console=False)) as source, source.threads():
+        with closing(Trainer(config, root=tmp_path, console=False)) as source, source.torch_for_training():
             assert (torch.get_num_threads(), native._threads()) == expected
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -26,6 +29,31 @@ def training_device(config: Config) -> torch.device:
     lives_there = config.env.backend == "torch" and config.batch_size >= _MANY
     small = config.device == "auto" and not wide and not lives_there
     return torch.device("cpu") if small else resolve_device(config.device)
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Within, convolutions on a GPU are the same to the bit each time, and those in float32 are not of TF32's 10 bits.
+
+    Both cost little (`benchmarks/devices.md` has them), and Fisher products are as exact as those of other layers.
+    """
+    cudnn: Any = torch.backends.cudnn
+    deterministic, precisions = cudnn.deterministic, [part.fp32_precision for part in (cudnn.conv, cudnn.rnn)]
+    try:
+        tf32 = cudnn.allow_tf32  # the older name of the same, which says so where the two disagree
+    except RuntimeError:
+        tf32 = False
+    cudnn.deterministic = True
+    if tf32:
+        cudnn.allow_tf32 = False
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.deterministic = deterministic
+        if tf32:
+            cudnn.allow_tf32 = True
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, Protocol, cast
@@ -323,6 +324,19 @@ class NativeLinearization:
 ClosedForm = MlpLinearization | NativeLinearization
 
 
+@contextmanager
+def _twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Within, torch leaves out what has no second derivative: fused attention, and cuDNN's recurrent layers."""
+    before = torch.backends.cudnn.enabled
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    torch.backends.cudnn.enabled = before and not recurrent
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
 class AutogradLinearization:
     """J of any module with respect to its parameters, but for frozen ones, by automatic differentiation.
 
@@ -340,8 +354,7 @@ class AutogradLinearization:
             raise ValueError("all parameters of the network are frozen: there is nothing to train")
         self._parameters = list(of.values())
         self.size = sum(p.numel() for p in of)
-        # Fused attention has no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), _twice_differentiable(module):
             self._output = functional(module, of)(x)
             self._dual = torch.zeros_like(self._output, requires_grad=True)
         self.output = self._output.detach()

@@ -25,7 +25,7 @@ from trpo.collector import Collector, Episodes
 from trpo.config import Config
 from trpo.config_difference import config_difference, same_episodes, same_evaluations
 from trpo.config_file import dump_config
-from trpo.device import training_device
+from trpo.device import exact_convolutions, training_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
@@ -256,7 +256,7 @@ class Trainer:
         if self._closed:
             raise RuntimeError(f"this trainer is closed; go on with Trainer(config, resume={str(self.run.path)!r})")
         last = self.config.updates if max_updates is None else min(self.config.updates, self.updates + max_updates)
-        with contextlib.closing(self), self.threads(), self._recorded():
+        with contextlib.closing(self), self.torch_for_training(), self._recorded():
             if self._is_finished():
                 self._say("this run is finished already; to go on, raise total_steps")
                 return RunResult(self.run.path, self.env_steps, None)
@@ -290,12 +290,12 @@ class Trainer:
             raise
 
     @contextlib.contextmanager
-    def threads(self) -> Iterator[None]:
-        """Within, the threads of an update are there for it; before and after torch has as many as it had."""
+    def torch_for_training(self) -> Iterator[None]:
+        """Within, torch has the threads of an update, and convolutions are exact; before and after it is as it was."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.agent.torch_threads)
         try:
-            with native.spare_threads(self.agent.threads - self.agent.torch_threads):
+            with exact_convolutions(), native.spare_threads(self.agent.threads - self.agent.torch_threads):
                 yield
         finally:
             torch.set_num_threads(before)

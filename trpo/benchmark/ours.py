@@ -206,7 +206,7 @@ def temporary_trainer(config: Config) -> Iterator[Trainer]:
     with (
         tempfile.TemporaryDirectory() as root,
         closing(Trainer(config, root=root, console=False)) as trainer,
-        trainer.threads(),
+        trainer.torch_for_training(),
     ):
         yield trainer
 
