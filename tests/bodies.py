@@ -106,7 +106,7 @@ class Keeping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.table) != len(x):
-            self.table = torch.linspace(0.5, 1, 4, dtype=x.dtype).expand(len(x), 4)
+            self.table = torch.linspace(0.5, 1, 4, dtype=x.dtype, device=x.device).expand(len(x), 4)
         return (self.layer(x) * self.table).tanh() * self.table
 
 

@@ -163,17 +163,27 @@ def test_unusual_ones_train_and_resume_to_the_bit_too(name: str, tmp_path: Path)
 @on_gpu
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_on_a_gpu_they_learn_what_they_learn_on_a_cpu(name: str, tmp_path: Path) -> None:
-    thetas = []
+    body, thetas = {"name": f"bodies:{name}"}, []
     for device in ("cpu", "cuda"):
-        body = {"body": {"name": f"bodies:{name}"}}
-        settings = config(policy=body, fit="gauss_newton", dtype="float64")
-        settings = settings.model_copy(update={"value": config().value, "device": device})
+        settings = config_for(
+            "Pendulum-v1",
+            env={"id": "Pendulum-v1", "num_envs": 2},
+            total_steps=192,
+            batch_size=64,
+            device=device,
+            dtype="float64",
+            policy={"body": body},
+            value={"body": body, "adam": {"epochs": 2, "minibatch_size": 64}},  # one has no order, but for rounding
+            evaluation={"every_steps": 0, "final_episodes": 1},
+        )
         trainer = Trainer(settings, root=tmp_path, console=False)
         trainer.train()
         assert trainer.agent.policy.theta.vector.device.type == device
         thetas.append(torch.cat([part.theta.vector.cpu() for part in (trainer.agent.policy, trainer.agent.value)]))
-    # A GPU sums in another order, and so does each of three updates.
-    torch.testing.assert_close(thetas[1], thetas[0], rtol=1e-5, atol=1e-7)
+    # A GPU sums in another order, and so does each of three updates. Recurrent layers act by cuDNN's formulas, and are
+    # differentiated by torch's: 9e-5 apart in the end, where steps were of 1e-3.
+    atol = 5e-4 if name == "Recurrent" else 1e-7
+    torch.testing.assert_close(thetas[1], thetas[0], rtol=1e-5, atol=atol)
 
 
 def test_a_layer_used_twice_takes_its_natural_gradient_step() -> None:

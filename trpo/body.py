@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trpo.config import BodyConfig
 from trpo.errors import ConfigError, imported, raised
@@ -36,13 +37,16 @@ def make_body(
         ConfigError: it cannot be imported or called, or gives no module that fits, or one that is another function from
             one call to the next: then what acted would not be what is updated.
     """
-    with torch.random.fork_rng(devices=[]):
+    name = f"{key}.body: the module of {settings.name}"
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # Before there is a seed: a module that draws random numbers does so when it is imported first, not again.
         factory = imported(settings.name, key=f"{key}.body.name", kind=ConfigError)
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         # A copy: whoever makes one module for all calls would have policies share it, and V.
-        body = copy.deepcopy(_made(factory, settings, inputs, key)).to(device, dtype)
-        return body, _looked_at(body, probe(inputs, dtype, device), f"{key}.body: the module of {settings.name}")
+        body = copy.deepcopy(_made(factory, settings, inputs, key)).to(dtype)
+        if any(map(is_lazy, body.parameters())):  # called here first, they have the same weights on every device
+            _looked_at(body, probe(inputs, dtype, torch.device("cpu")), name)
+        return body.to(device), _looked_at(body, probe(inputs, dtype, device), name)
 
 
 def probe(inputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:

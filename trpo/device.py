@@ -33,9 +33,9 @@ def training_device(config: Config) -> torch.device:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Within, convolutions on a GPU are the same to the bit each time, and those in float32 are not of TF32's 10 bits.
+    """Within, convolutions on a GPU give the same to the bit each time, and Fisher products as exact as of other layers.
 
-    Both cost little (`benchmarks/devices.md` has them), and Fisher products are as exact as those of other layers.
+    cuDNN sums by atomic operations and rounds float32 to TF32's 10 bits, unless it is told.
     """
     cudnn: Any = torch.backends.cudnn
     deterministic, precisions = cudnn.deterministic, [part.fp32_precision for part in (cudnn.conv, cudnn.rnn)]
