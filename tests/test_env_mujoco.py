@@ -259,6 +259,22 @@ class TestWhereItApplies:
         envs.reset()
         envs.step(torch.zeros(len(SEEDS), *envs.single_action_space.shape))
 
+    @pytest.mark.parametrize(("env_id", "trees"), [("Hopper-v5", 1), ("Pusher-v5", 3)])
+    def test_islands_are_looked_for_where_there_can_be_several(self, env_id: str, trees: int) -> None:
+        """The rest of an environment's model is as it was, and so is the environment's own."""
+        mujoco = importlib.import_module("mujoco")
+        shard = make(env_id)._shard
+        own, batched = shard._envs[0].unwrapped.model, shard._simulations._model
+        assert own.ntree == batched.ntree == trees
+        assert own.opt.disableflags == 0
+        assert batched.opt.disableflags == (mujoco.mjtDisableBit.mjDSBL_ISLAND if trees == 1 else 0)
+        batched.opt.disableflags = 0
+        sizes = [mujoco.mj_sizeModel(model) for model in (own, batched)]
+        buffers = [np.zeros(size, np.uint8) for size in sizes]
+        for model, buffer in zip((own, batched), buffers, strict=True):
+            mujoco.mj_saveModel(model, None, buffer)
+        assert np.array_equal(*buffers)
+
     def test_a_task_registered_under_another_name_is_the_same_task(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
         entry_point = gymnasium.spec("Hopper-v5").entry_point

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -269,6 +270,27 @@ class TestMaking:
             assert mujoco.get_mju_user_warning() is print
         finally:
             mujoco.set_mju_user_warning(before)
+
+    def test_mujoco_times_nothing_unless_somebody_gave_it_a_clock(self) -> None:
+        mujoco = pytest.importorskip("mujoco")
+        timed = mujoco.mjtTimer.mjTIMER_STEP
+
+        def one_step() -> tuple[int, float]:
+            env = make_single_env(config("InvertedPendulum-v5"))
+            env.reset(seed=0)
+            env.step(np.zeros(1, np.float32))
+            timer = env.unwrapped.data.timer[timed]
+            return timer.number, timer.duration
+
+        number, duration = one_step()
+        assert number > 0 and duration == 0.0
+        ticks = itertools.count()
+        mujoco.set_mjcb_time(lambda: float(next(ticks)))
+        try:
+            assert one_step()[1] > 0.0
+        finally:
+            mujoco.set_mjcb_time(None)  # the clock that MuJoCo's package comes with
+        assert one_step() == (number, 0.0)
 
     def test_bad_kwargs_are_named(self) -> None:
         with pytest.raises(EnvError, match=r"env.kwargs \{'gravitas': 1\}: TypeError"):

@@ -33,7 +33,7 @@ def training_device(config: Config) -> torch.device:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Within, convolutions on a GPU give the same to the bit each time, and Fisher products as exact as of other layers.
+    """Within, convolutions on a GPU give the same to the bit each time, and as exact Fisher products as other layers.
 
     cuDNN sums by atomic operations and rounds float32 to TF32's 10 bits, unless it is told.
     """

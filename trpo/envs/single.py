@@ -12,7 +12,7 @@ from gymnasium.error import DependencyNotInstalled, UnregisteredEnv
 from gymnasium.spaces import Space
 
 from trpo.config import EnvConfig, WrapperConfig
-from trpo.envs.mujoco_warnings import warn_once
+from trpo.envs.mujoco_process import set_up_mujoco
 from trpo.envs.returned import Flattened, ReturnError
 from trpo.envs.spaces import ActionEncoding, check_observation_space, is_flat
 from trpo.errors import EnvError, did_you_mean, imported, raised
@@ -61,7 +61,7 @@ def _make(config: EnvConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]
     kwargs = {**config.kwargs, "disable_env_checker": True}
     if render_mode is not None:
         kwargs["render_mode"] = render_mode
-    warn_once(config.id)
+    set_up_mujoco(config.id)
     try:
         return gymnasium.make(config.id, **kwargs)
     except UnregisteredEnv as error:
