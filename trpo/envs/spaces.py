@@ -5,6 +5,7 @@ Numpy and Gymnasium only: worker processes import this, and torch would cost eac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,7 @@ class ActionEncoding:
     @property
     def size(self) -> int:
         """A, the width of an action row."""
-        return int(np.prod(self.shape, dtype=int))
+        return math.prod(self.shape)
 
     def native(self, action: Array) -> Array:
         """Rows [N, A] in the space's dtype, clipped or shifted; `EnvError` if `action` has another shape or a NaN."""
