@@ -141,7 +141,7 @@ class Simulations:
 def _lean(model: Any) -> Any:
     """A copy that does not look in each step for bodies that nothing joins: bodies that are one tree are one island."""
     model = copy.copy(model)
-    if model.ntree == 1:
+    if model.ntree == 1 and not model.opt.enableflags:  # what is asleep, if that is asked for, is so by islands
         model.opt.disableflags |= importlib.import_module("mujoco").mjtDisableBit.mjDSBL_ISLAND
     return model
 
