@@ -7,7 +7,7 @@ defaults; Hopper, simulated on the CPU, with the defaults but for the width of t
 (`policy.body`, `value.body`): Hopper's in torch, and convolutions over pictures. Beside an update stand two floors: its
 matrix products at the best rate that the device reaches, and its operations in the time that starting one takes, of
 which a CUDA graph counts as none. Writes benchmarks/devices.json and .md. `device: auto` (`trpo/device.py`) should
-choose what is faster here.
+choose what is clearly faster here.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ import copy
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bodies import Gated
+from bodies import Gated, Looking
 from commands import PROJECT, config_for, one_line, run_script
 from gymnasium import spaces
 from helpers import F64, on_gpu, randn, relative_error, seeded, torch_kl
@@ -27,7 +28,7 @@ from trpo.distributed import join_group
 from trpo.errors import CheckpointError, ConfigError
 from trpo.natural_gradient import fisher_product
 from trpo.natural_gradient.explicit import eta_function, fisher_matrix
-from trpo.networks import BodyAndHead
+from trpo.networks import BodyAndHead, linearize
 from trpo.policy import build_policy
 from trpo.saved_policy import UntrustedCodeError, load_policy
 from trpo.trainer import Trainer
@@ -142,6 +143,7 @@ def test_it_trains_resumes_to_the_bit_and_is_opened(kind: str, fit: str, tmp_pat
     assert last.action_space.contains(last.act(np.zeros(last.obs_dim, np.float32)))
 
 
+FUSED = ("flash", "mem_efficient", "math")
 UNUSUAL = ["Twice", "Attention", "Recurrent", "Keeping", "Frozen", "lazy", "convolution"]
 
 
@@ -158,6 +160,38 @@ def test_unusual_ones_train_and_resume_to_the_bit_too(name: str, tmp_path: Path)
     moved = {key for key, value in last.state_dict().items() if "body" in key and not torch.equal(value, first[key])}
     assert {key for key, p in last.named_parameters() if p.requires_grad and "body" in key} <= moved
     assert all(not key.startswith("network.body.first") for key in moved) or name != "Frozen"
+
+
+@pytest.mark.parametrize("name", ["Attention", "Recurrent"])
+def test_two_threads_do_not_take_turns_in_what_is_torchs_for_both(name: str, tmp_path: Path) -> None:
+    """V is fitted beside the policy's step, and both need second derivatives."""
+    body = {"body": {"name": f"bodies:{name}"}}
+
+    def torchs() -> tuple[bool, ...]:
+        return torch.backends.cudnn.enabled, *(getattr(torch.backends.cuda, f"{x}_sdp_enabled")() for x in FUSED)
+
+    before, within, thetas = torchs(), set(), []
+    for threads in (1, 2, 2, 2):
+        settings = config(policy=body, threads=threads).model_copy(update={"total_steps": 64 * 8})
+        value = config().value.model_copy(update={"body": settings.policy.body})
+        settings = settings.model_copy(update={"value": value})
+        watch = partial(lambda _, __: within.add(torchs()))
+        trainer = Trainer(settings, root=tmp_path, console=False, on_update=watch)
+        trainer.train()
+        thetas.append(torch.cat([trainer.agent.policy.theta.vector, trainer.agent.value.theta.vector]))
+    assert before == torchs() and within == {before} and before[0]
+    assert all(torch.equal(theta, thetas[0]) for theta in thetas)
+
+
+def test_cudnn_is_left_out_where_recurrent_layers_are_differentiated() -> None:
+    body = Looking(3)
+    Looking.enabled.clear()
+    body(torch.zeros(2, 3))
+    assert Looking.enabled == {True}
+    Looking.enabled.clear()
+    linearize(body, torch.zeros(2, 3))
+    assert Looking.enabled == {False}
+    assert torch.backends.cudnn.enabled
 
 
 @on_gpu

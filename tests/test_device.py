@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from commands import config_for
 from helpers import on_gpu, randn, relative_error
 from torch.utils import backend_registration
 
@@ -22,7 +21,6 @@ from trpo.config import Config
 from trpo.device import exact_convolutions, training_device
 from trpo.distributed import Group
 from trpo.errors import UserError
-from trpo.trainer import Trainer
 
 CASES = Path(__file__).with_name("on_pretended_gpu.py")
 RUN = "total_steps: 1024, batch_size: 256, dtype: float64, checkpoint: {every_steps: 0}"
@@ -134,33 +132,37 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) 
     assert str(training_device(wide)) == "cpu"
 
 
+def of_cudnn() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    choices = cudnn.enabled, cudnn.deterministic, cudnn.benchmark
+    return *choices, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+
 @pytest.fixture
 def cudnn() -> Iterator[Any]:
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.allow_tf32
-    yield cudnn
-    cudnn.deterministic, cudnn.allow_tf32 = before
+    yield torch.backends.cudnn
+    torch.backends.cudnn.allow_tf32 = True  # and both newer names of it
+    assert of_cudnn() == (True, False, False, "tf32", "tf32")
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_training_has_convolutions_exact_and_leaves_torch_as_it_was(tf32: bool, cudnn: Any, tmp_path: Path) -> None:
-    def state() -> tuple[Any, ...]:
-        return cudnn.deterministic, cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-
-    cudnn.allow_tf32 = tf32
-    before, within = state(), []
-    settings = config_for("Pendulum-v1", total_steps=128, batch_size=128, device="cpu")
-    Trainer(settings, root=tmp_path, console=False, on_update=lambda *_: within.append(state())).train()
-    assert within == [(True, False, "ieee", "ieee")]
-    assert state() == before
+def test_convolutions_on_a_gpu_are_exact_within_and_torch_is_as_it_was(tf32: bool, cudnn: Any) -> None:
+    cudnn.allow_tf32, cudnn.benchmark = tf32, True
+    before = of_cudnn()
+    with exact_convolutions(torch.device("cpu")):
+        assert of_cudnn() == before
+    with exact_convolutions(torch.device("cuda")):
+        assert of_cudnn() == (True, True, False, "ieee", "ieee")
+        assert cudnn.allow_tf32 is False  # by its older name, too
+    assert of_cudnn() == before
+    cudnn.benchmark = False
 
 
 def test_who_speaks_of_precision_by_its_newer_name_is_understood(cudnn: Any) -> None:
     cudnn.conv.fp32_precision = "ieee"  # of recurrent layers it is tf32: asked by the older name, torch raises
-    with exact_convolutions():
-        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "ieee")
-    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
-    cudnn.conv.fp32_precision = "tf32"
+    with exact_convolutions(torch.device("cuda")):
+        assert of_cudnn()[-2:] == ("ieee", "ieee")
+    assert of_cudnn()[-2:] == ("ieee", "tf32")
 
 
 @on_gpu
@@ -174,7 +176,7 @@ def test_on_a_gpu_a_convolutions_gradient_is_exact_and_the_same_each_time() -> N
 
     expected = gradient()
     layers, x = layers.float(), x.float()
-    with exact_convolutions():
+    with exact_convolutions(torch.device("cuda")):
         actual = [gradient() for _ in range(10)]
     assert all(torch.equal(g, actual[0]) for g in actual)
     assert relative_error(actual[0].double(), expected) < 1e-5  # of TF32 1e-4 or more: rounding to 10 bits is 5e-4

@@ -24,6 +24,7 @@ from trpo.cuda_graph import Recorded, SecondQueue, can_record
 from trpo.distributed import Group
 from trpo.errors import EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
+from trpo.networks import twice_differentiable
 from trpo.normalizer import RewardScaler
 from trpo.policy import GivenStdHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator
@@ -121,6 +122,11 @@ class Agent:
             progress: 0 at the first update of the run, 1 at the last; drives schedules.
             timers: seconds of the phases go here.
         """
+        # Around both threads, which would otherwise take turns in setting and restoring what is torch's for both.
+        with twice_differentiable(self.policy, self.value):
+            return self._update(rollout, progress=progress, timers=timers)
+
+    def _update(self, rollout: Rollout, *, progress: float, timers: PhaseTimers) -> UpdateReport:
         config, all_sum = self.config, self.group.all_sum
         with timers("advantages"):
             samples = self.scale(rollout)

@@ -44,8 +44,10 @@ def make_body(
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         # A copy: whoever makes one module for all calls would have policies share it, and V.
         body = copy.deepcopy(_made(factory, settings, inputs, key)).to(dtype)
-        if any(map(is_lazy, body.parameters())):  # called here first, they have the same weights on every device
-            _looked_at(body, probe(inputs, dtype, torch.device("cpu")), name)
+        if any(map(is_lazy, body.parameters())):  # of a copy that is called here: the same weights on every device
+            called = copy.deepcopy(body)
+            _looked_at(called, probe(inputs, dtype, torch.device("cpu")), name)
+            body.load_state_dict(called.state_dict())
         return body.to(device), _looked_at(body, probe(inputs, dtype, device), name)
 
 

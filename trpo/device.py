@@ -19,8 +19,8 @@ _MANY = 4096  # steps of a batch
 def training_device(config: Config) -> torch.device:
     """Where a run lives: `auto` takes a GPU if there is one and the run has work for it.
 
-    That is where `benchmarks/devices.md` has the GPU ahead: it takes as long for the smallest update as compiled code
-    for one of the default size.
+    That is where the GPU was clearly ahead (`benchmarks/devices.md`): it takes as long for the smallest update as
+    compiled code for one of the default size. How much work a body is nobody knows: with a small one it is behind.
 
     Raises:
         UserError: as `resolve_device`.
@@ -32,25 +32,30 @@ def training_device(config: Config) -> torch.device:
 
 
 @contextmanager
-def exact_convolutions() -> Iterator[None]:
+def exact_convolutions(device: torch.device) -> Iterator[None]:
     """Within, convolutions on a GPU give the same to the bit each time, and as exact Fisher products as other layers.
 
-    cuDNN sums by atomic operations and rounds float32 to TF32's 10 bits, unless it is told.
+    cuDNN sums by atomic operations, picks algorithms by the clock and rounds float32 to TF32's 10 bits, unless it is
+    told. All of this is torch's for the whole process, and afterwards as it was; but a precision inherited from
+    `torch.backends.fp32_precision` no longer follows that.
     """
+    if device.type != "cuda":
+        yield
+        return
     cudnn: Any = torch.backends.cudnn
-    deterministic, precisions = cudnn.deterministic, [part.fp32_precision for part in (cudnn.conv, cudnn.rnn)]
+    choices, precisions = (cudnn.deterministic, cudnn.benchmark), (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
     try:
         tf32 = cudnn.allow_tf32  # the older name of the same, which says so where the two disagree
     except RuntimeError:
         tf32 = False
-    cudnn.deterministic = True
+    cudnn.deterministic, cudnn.benchmark = True, False
     if tf32:
         cudnn.allow_tf32 = False
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     try:
         yield
     finally:
-        cudnn.deterministic = deterministic
+        cudnn.deterministic, cudnn.benchmark = choices
         if tf32:
             cudnn.allow_tf32 = True
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions

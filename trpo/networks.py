@@ -325,10 +325,13 @@ ClosedForm = MlpLinearization | NativeLinearization
 
 
 @contextmanager
-def _twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Within, torch leaves out what has no second derivative: fused attention, and cuDNN's recurrent layers."""
+def twice_differentiable(*modules: nn.Module) -> Iterator[None]:
+    """Within, torch leaves out what has no second derivative: fused attention, and cuDNN if there are `nn.RNNBase`.
+
+    For the whole process: threads that enter this have to do so within one that is entered around all of them.
+    """
     before = torch.backends.cudnn.enabled
-    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    recurrent = any(isinstance(part, nn.RNNBase) for module in modules for part in module.modules())
     torch.backends.cudnn.enabled = before and not recurrent
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -354,7 +357,7 @@ class AutogradLinearization:
             raise ValueError("all parameters of the network are frozen: there is nothing to train")
         self._parameters = list(of.values())
         self.size = sum(p.numel() for p in of)
-        with torch.enable_grad(), _twice_differentiable(module):
+        with torch.enable_grad(), twice_differentiable(module):
             self._output = functional(module, of)(x)
             self._dual = torch.zeros_like(self._output, requires_grad=True)
         self.output = self._output.detach()

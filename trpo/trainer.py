@@ -291,11 +291,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def torch_for_training(self) -> Iterator[None]:
-        """Within, torch has the threads of an update, and convolutions are exact; before and after it is as it was."""
+        """Within, torch has the threads of an update, and convolutions are exact; afterwards it is as it was."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.agent.torch_threads)
         try:
-            with exact_convolutions(), native.spare_threads(self.agent.threads - self.agent.torch_threads):
+            with exact_convolutions(self.device), native.spare_threads(self.agent.threads - self.agent.torch_threads):
                 yield
         finally:
             torch.set_num_threads(before)
