@@ -17,6 +17,7 @@ LAYERS = (
     {
         "advantages",
         "batch",
+        "autograd_linearization",
         "body",
         "checkpoint",
         "colored_noise",

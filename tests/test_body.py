@@ -6,7 +6,6 @@ import copy
 import re
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +39,25 @@ TARGET = OBS[:, 0] * OBS[:, 1].sigmoid()  # which these layers can be
 BODY = {"name": "bodies:Gated", "kwargs": {"width": 5}}
 
 
-def config(env_id: str = "Pendulum-v1", *, fit: str = "adam", policy: Any = None, **changes: Any) -> Config:
-    return config_for(
-        env_id,
-        env={"id": env_id, "num_envs": 2},
-        total_steps=192,
-        batch_size=64,
-        device="cpu",
-        policy={"body": BODY, **(policy or {})},
-        value={"body": BODY, "fit": fit, "adam": {"epochs": 2, "minibatch_size": 16}},
-        evaluation={"every_steps": 0, "final_episodes": 1},
-        **changes,
-    )
+def config(
+    env_id: str = "Pendulum-v1",
+    *,
+    body: Any = BODY,
+    fit: str = "adam",
+    minibatch_size: int = 16,
+    policy: Any = None,
+    **changes: Any,
+) -> Config:
+    settings = {
+        "env": {"id": env_id, "num_envs": 2},
+        "total_steps": 192,
+        "batch_size": 64,
+        "device": "cpu",
+        "policy": {"body": body, **(policy or {})},
+        "value": {"body": body, "fit": fit, "adam": {"epochs": 2, "minibatch_size": minibatch_size}},
+        "evaluation": {"every_steps": 0, "final_episodes": 1},
+    }
+    return config_for(env_id, **{**settings, **changes})
 
 
 def test_the_last_layer_is_put_on_the_body_and_starts_as_the_built_in_one_does() -> None:
@@ -143,7 +149,6 @@ def test_it_trains_resumes_to_the_bit_and_is_opened(kind: str, fit: str, tmp_pat
     assert last.action_space.contains(last.act(np.zeros(last.obs_dim, np.float32)))
 
 
-FUSED = ("flash", "mem_efficient", "math")
 UNUSUAL = ["Twice", "Attention", "Recurrent", "Keeping", "Frozen", "lazy", "convolution"]
 
 
@@ -165,18 +170,16 @@ def test_unusual_ones_train_and_resume_to_the_bit_too(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", ["Attention", "Recurrent"])
 def test_two_threads_do_not_take_turns_in_what_is_torchs_for_both(name: str, tmp_path: Path) -> None:
     """V is fitted beside the policy's step, and both need second derivatives."""
-    body = {"body": {"name": f"bodies:{name}"}}
+    cuda = torch.backends.cuda
 
     def torchs() -> tuple[bool, ...]:
-        return torch.backends.cudnn.enabled, *(getattr(torch.backends.cuda, f"{x}_sdp_enabled")() for x in FUSED)
+        attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
+        return torch.backends.cudnn.enabled, *attention
 
     before, within, thetas = torchs(), set(), []
     for threads in (1, 2, 2, 2):
-        settings = config(policy=body, threads=threads).model_copy(update={"total_steps": 64 * 8})
-        value = config().value.model_copy(update={"body": settings.policy.body})
-        settings = settings.model_copy(update={"value": value})
-        watch = partial(lambda _, __: within.add(torchs()))
-        trainer = Trainer(settings, root=tmp_path, console=False, on_update=watch)
+        settings = config(body={"name": f"bodies:{name}"}, threads=threads, total_steps=64 * 8)
+        trainer = Trainer(settings, root=tmp_path, console=False, on_update=lambda *_: within.add(torchs()))
         trainer.train()
         thetas.append(torch.cat([trainer.agent.policy.theta.vector, trainer.agent.value.theta.vector]))
     assert before == torchs() and within == {before} and before[0]
@@ -197,19 +200,10 @@ def test_cudnn_is_left_out_where_recurrent_layers_are_differentiated() -> None:
 @on_gpu
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_on_a_gpu_they_learn_what_they_learn_on_a_cpu(name: str, tmp_path: Path) -> None:
-    body, thetas = {"name": f"bodies:{name}"}, []
+    thetas = []
     for device in ("cpu", "cuda"):
-        settings = config_for(
-            "Pendulum-v1",
-            env={"id": "Pendulum-v1", "num_envs": 2},
-            total_steps=192,
-            batch_size=64,
-            device=device,
-            dtype="float64",
-            policy={"body": body},
-            value={"body": body, "adam": {"epochs": 2, "minibatch_size": 64}},  # one has no order, but for rounding
-            evaluation={"every_steps": 0, "final_episodes": 1},
-        )
+        # One minibatch has no order, but for rounding.
+        settings = config(body={"name": f"bodies:{name}"}, minibatch_size=64, device=device, dtype="float64")
         trainer = Trainer(settings, root=tmp_path, console=False)
         trainer.train()
         assert trainer.agent.policy.theta.vector.device.type == device

@@ -140,8 +140,9 @@ def of_cudnn() -> tuple[Any, ...]:
 
 @pytest.fixture
 def cudnn() -> Iterator[Any]:
-    yield torch.backends.cudnn
-    torch.backends.cudnn.allow_tf32 = True  # and both newer names of it
+    cudnn = torch.backends.cudnn
+    yield cudnn
+    cudnn.allow_tf32, cudnn.benchmark = True, False  # the former under its newer names, too
     assert of_cudnn() == (True, False, False, "tf32", "tf32")
 
 
@@ -155,7 +156,6 @@ def test_convolutions_on_a_gpu_are_exact_within_and_torch_is_as_it_was(tf32: boo
         assert of_cudnn() == (True, True, False, "ieee", "ieee")
         assert cudnn.allow_tf32 is False  # by its older name, too
     assert of_cudnn() == before
-    cudnn.benchmark = False
 
 
 def test_who_speaks_of_precision_by_its_newer_name_is_understood(cudnn: Any) -> None:

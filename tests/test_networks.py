@@ -9,7 +9,8 @@ import torch
 from helpers import F64, OBS_DIM, make_mlp, randn, relative_error, seeded
 from torch import Tensor, nn
 
-from trpo.networks import ACTIVATIONS, MLP, AutogradLinearization, Linearization, MlpLinearization
+from trpo.autograd_linearization import AutogradLinearization
+from trpo.networks import ACTIVATIONS, MLP, Linearization, MlpLinearization
 from trpo.parameters import FlatParameters, Layout
 
 MODULES = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}

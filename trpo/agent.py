@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trpo import native
 from trpo.advantages import gae, horizon_lambda, standardize
+from trpo.autograd_linearization import twice_differentiable
 from trpo.batch import Batch, Rollout
 from trpo.config import Config, LearnedStdConfig
 from trpo.cores import update_threads
@@ -24,7 +25,6 @@ from trpo.cuda_graph import Recorded, SecondQueue, can_record
 from trpo.distributed import Group
 from trpo.errors import EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
-from trpo.networks import twice_differentiable
 from trpo.normalizer import RewardScaler
 from trpo.policy import GivenStdHead, build_policy
 from trpo.random_streams import stream_seed, torch_generator

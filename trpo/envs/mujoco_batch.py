@@ -72,7 +72,7 @@ class Simulations:
         self.time_limit = time_limit
         self._mujoco = mujoco = importlib.import_module("mujoco")
         self._task = task
-        self._model, self._frame_skip, self._dt = _lean(task.env.model), task.env.frame_skip, task.env.dt
+        self._model, self._frame_skip, self._dt = _lean(mujoco, task.env.model), task.env.frame_skip, task.env.dt
         # After a step, MuJoCo has computed no contact forces yet, and needs the whole data of a simulation to do so.
         self._whole = mujoco.MjData(self._model) if task.contact_forces else None
         make: Any = importlib.import_module("mujoco.batch").Batch
@@ -138,11 +138,11 @@ class Simulations:
         reward[:], terminated[:] = task.judge(data, action, velocity)
 
 
-def _lean(model: Any) -> Any:
+def _lean(mujoco: Any, model: Any) -> Any:
     """A copy that does not look in each step for bodies that nothing joins: bodies that are one tree are one island."""
     model = copy.copy(model)
     if model.ntree == 1 and not model.opt.enableflags:  # what is asleep, if that is asked for, is so by islands
-        model.opt.disableflags |= importlib.import_module("mujoco").mjtDisableBit.mjDSBL_ISLAND
+        model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
     return model
 
 
