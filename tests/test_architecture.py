@@ -19,6 +19,7 @@ LAYERS = (
         "batch",
         "autograd_linearization",
         "body",
+        "carried_sums",
         "checkpoint",
         "colored_noise",
         "command_line",

@@ -552,16 +552,17 @@ def test_a_fit_in_one_call_takes_the_steps_of_torchs_adam(sizes: tuple[int, ...]
     mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
     rows = [50, 49, 1, 130]
     x, y = randn(sum(rows), sizes[0]), randn(sum(rows), sizes[-1], seed=1)
+    order = torch.randperm(sum(rows), generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.Adam(exact.parameters(), lr=1e-3, eps=1e-5)
     with torch.enable_grad():
-        for some, wanted in zip(x.split(rows), y.split(rows), strict=True):
+        for some in order.split(rows):
             optimizer.zero_grad()
-            (exact(some) - wanted).square().sum(1).mean().backward()
+            (exact(x[some]) - y[some]).square().sum(1).mean().backward()
             optimizer.step()
     corrections = [math.sqrt(1 - 0.999**t) for t in range(1, 5)]
     assert mlp.native is not None and mlp.native.fits_to(x.float(), y.float(), theta, mean, square)
     mlp.native.adam(
-        x.float(), y.float(), rows, theta, mean, square, betas=(0.9, 0.999),
+        x.float(), y.float(), order, rows, theta, mean, square, betas=(0.9, 0.999),
         epsilons=[1e-5 * c for c in corrections],
         rates=[1e-3 * c / (1 - 0.9**t) for t, c in enumerate(corrections, 1)],
     )  # fmt: skip
@@ -587,10 +588,18 @@ def test_what_cannot_be_fitted_in_one_call_is_refused_before_c_sees_it() -> None
     assert not fits_to(x, y.double(), theta, mean, square)
     assert not fits_to(x, y, theta.clone(), mean, square)  # not what the network reads
     assert not fits_to(x, y, theta, mean[:-1], square)
-    before = theta.clone()
-    for rows, rates in (([50, 1], [1.0, 1.0]), ([50], [1.0, 1.0]), ([50, 0], [1.0, 1.0])):
+    before, order = theta.clone(), torch.arange(50)
+    for some, rows, rates in (
+        (order, [50, 1], [1.0, 1.0]),
+        (order, [50], [1.0, 1.0]),
+        (order, [50, 0], [1.0, 1.0]),
+        (order + 1, [50], [1.0]),
+        (order - 1, [50], [1.0]),
+        (order.int(), [50], [1.0]),
+        (order[:49], [50], [1.0]),
+    ):
         with pytest.raises(ValueError, match="minibatches"):
-            adam(x, y, rows, theta, mean, square, betas=(0.9, 0.999), epsilons=rates, rates=rates)
+            adam(x, y, some, rows, theta, mean, square, betas=(0.9, 0.999), epsilons=rates, rates=rates)
     assert torch.equal(theta, before)
     longer = torch.cat([theta, theta])
     assert not fits_to(x, y, longer, torch.zeros_like(longer), torch.zeros_like(longer))

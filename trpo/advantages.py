@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from trpo.carried_sums import carried_sums_
 from trpo.reduction import AllSum, one_process
 
 
@@ -49,10 +50,7 @@ def gae(
         carry = carry & valid
         delta = torch.where(valid, delta, 0.0)
     decay = (gamma * lambda_) * carry.to(delta.dtype)  # a float times a bool would be float32
-    advantage = delta
-    rows, decays = advantage.unbind(), decay.unbind()
-    for t in range(len(reward) - 2, -1, -1):
-        rows[t].addcmul_(decays[t], rows[t + 1])
+    advantage = carried_sums_(delta, decay[:-1], reverse=True)
     return advantage, advantage + value
 
 

@@ -161,7 +161,8 @@ class Agent:
         with timers("statistics"), torch.no_grad():
             eta = self.policy(batch.obs)
             # Last of all: until here the policy has to be the one that acted.
-            raw_obs = rollout.obs[rollout.valid].to(self.device)
+            (raw_obs,) = _transitions(rollout.valid, rollout.obs)
+            raw_obs = raw_obs.to(self.device)
             self.policy.normalizer.update(raw_obs, all_sum=all_sum)
             distribution, normalized = self.policy.distribution, self.policy.normalizer(raw_obs)
             entropies = distribution.entropy(eta)
@@ -276,9 +277,7 @@ class Agent:
             samples: of `scale`.
             progress: as in `update`.
         """
-        shape = samples.reward.shape
-        value = self.average_value(samples.obs.flatten(0, 1)).view(shape)
-        next_value = self.average_value(samples.next_obs.flatten(0, 1)).view(shape)
+        value, next_value = self._values(samples)
         estimate = partial(
             gae,
             samples.reward.to(value.dtype),
@@ -292,15 +291,23 @@ class Agent:
         advantage_lambda, target_lambda = self._lambdas(progress)
         advantage, _ = estimate(lambda_=advantage_lambda)
         _, target = estimate(lambda_=target_lambda)
-        keep = samples.valid.flatten().nonzero().squeeze(-1)
-        if not total_count(len(keep), self.group.all_sum):
+        parts = _transitions(samples.valid, samples.obs, samples.action, advantage, target, value)
+        obs, action, advantage, target, value = parts
+        if not total_count(len(obs), self.group.all_sum):
             raise EnvError(
                 "a whole rollout was resets, without one transition: raise batch_size or mend the environment"
             )
-        obs, action, advantage, target, value = (
-            x.flatten(0, 1)[keep] for x in (samples.obs, samples.action, advantage, target, value)
-        )
         return Batch(obs, action, standardize(advantage, self.group.all_sum)), target, value
+
+    def _values(self, samples: Rollout) -> tuple[Tensor, Tensor]:
+        """V̄(s) and V̄(s′) [T, N]. Most successors are what is acted on next; of those V̄ is asked once."""
+        obs, next_obs = samples.obs, samples.next_obs
+        value = self.average_value(obs.flatten(0, 1)).view(obs.shape[:2])
+        goes_on = (next_obs[:-1] == obs[1:]).all(-1)
+        ends = torch.cat([~goes_on, goes_on.new_ones(1, obs.shape[1])])
+        next_value = torch.cat([value[1:], value[-1:]])
+        next_value[ends] = self.average_value(next_obs[ends])
+        return value, next_value
 
     def state_dict(self) -> dict[str, Any]:
         """What is the same on all processes."""
@@ -332,3 +339,10 @@ class Agent:
         self.reward_scaler.returns.copy_(state["reward_returns"] * (not new_episodes))
         self.fit_generator.set_state(state["fit_generator"])
         self.fisher_generator.set_state(state["fisher_generator"])
+
+
+def _transitions(valid: Tensor, *parts: Tensor) -> list[Tensor]:
+    """The rows of each part [T, N, …] that are transitions [B, …]; views where all of them are."""
+    keep = valid.flatten().nonzero().squeeze(-1)
+    flat = [x.flatten(0, 1) for x in parts]
+    return flat if len(keep) == valid.numel() else [x.index_select(0, keep.to(x.device)) for x in flat]

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from trpo.carried_sums import carried_sums_
 from trpo.reduction import AllSum, one_process
 
 EPSILON = 1e-8  # added to the variance: a constant feature divides by 1e-4, and is clipped
@@ -137,7 +138,6 @@ class RewardScaler(nn.Module):
         history = reward.double() * valid
         decay = self.gamma * (~done).double()
         history[0].add_(self.returns, alpha=self.gamma)
-        for before, carry, now in zip(history[:-1], decay[:-1], history[1:], strict=True):
-            now.addcmul_(carry, before)
+        carried_sums_(history, decay[:-1])
         self.returns.copy_(history[-1] * ~done[-1])
         self.moments.update(history[valid].unsqueeze(-1), all_sum=all_sum)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -138,7 +138,6 @@ class AdamFit:
             self._linearizations.clear()
         before = _squared_error(value, obs, target, self.all_sum)
         theta, moments = value.theta.vector.clone(), self._adam.state_dict()
-        steps = 0
         # Counted over all processes, so that each takes the same number of steps whatever its share.
         total = total_count(len(obs), self.all_sum)
         batches = max(1, int(total) // self.settings.minibatch_size)
@@ -149,18 +148,18 @@ class AdamFit:
         if mlp is not None and self.all_sum is one_process:
             native, in_one = mlp.native, can_record(obs.device)
         counts = self.all_sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
-        for _ in range(self.settings.epochs):
-            order = self._order(len(obs), obs.device)
+        wanted = target.unsqueeze(-1)
+        orders = (self._order(len(obs), obs.device) for _ in range(self.settings.epochs))
+        steps = self._adam.all_at_once(native, value.theta.vector, obs, wanted, orders, sizes, learning_rate)
+        for order in orders:  # none is left if that was it
             # Gathered once an epoch: minibatches are then views.
-            shuffled, wanted = obs[order], target[order, None]
+            shuffled, shuffled_wanted = obs.index_select(0, order), wanted.index_select(0, order)
             if in_one:
-                self._recorded(value, batches, shuffled, wanted, *self._adam.ahead(batches, learning_rate))
+                ahead = self._adam.ahead(batches, learning_rate)
+                self._recorded(value, batches, shuffled, shuffled_wanted, *ahead)
                 steps += batches
                 continue
-            if native and self._adam.epoch(native, value.theta.vector, shuffled, wanted, sizes, learning_rate):
-                steps += batches
-                continue
-            minibatches = zip(shuffled.tensor_split(batches), wanted.tensor_split(batches), strict=True)
+            minibatches = zip(shuffled.tensor_split(batches), shuffled_wanted.tensor_split(batches), strict=True)
             for (x, y), count in zip(minibatches, counts, strict=True):
                 if count:  # processes with less than a sample a minibatch all put theirs in the first ones
                     gradient = self._gradient(value, x, y, count, self._linearizations)
@@ -265,16 +264,29 @@ class Adam:
             maximize=False,
         )
 
-    def epoch(
-        self, native: NativeMlp, theta: Tensor, x: Tensor, y: Tensor, rows: Sequence[int], learning_rate: float
-    ) -> bool:
-        """All of `step`'s of an epoch in one call, if compiled code can: on E|f(x) − y|² of so many `rows` each."""
-        if not native.fits_to(x, y, theta, self._mean, self._square):
-            return False
+    def all_at_once(
+        self,
+        native: NativeMlp | None,
+        theta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        orders: Iterable[Tensor],
+        sizes: Sequence[int],
+        learning_rate: float,
+    ) -> int:
+        """All of `step`'s of a fit in one call, on E|f(x) − y|² of minibatches of these sizes in each of the orders.
+
+        Returns:
+            The number of steps; 0 where compiled code cannot do it, and `orders` was not touched.
+        """
+        if native is None or not native.fits_to(x, y, theta, self._mean, self._square):
+            return 0
+        order = torch.stack([*orders])
+        rows = [*sizes] * len(order)
         epsilons, rates = zip(*(self._next(learning_rate) for _ in rows), strict=True)
         vectors = (theta, self._mean, self._square)
-        native.adam(x, y, rows, *vectors, betas=self.betas, epsilons=epsilons, rates=rates)
-        return True
+        native.adam(x, y, order.view(-1), rows, *vectors, betas=self.betas, epsilons=epsilons, rates=rates)
+        return len(rows)
 
     def _next(self, learning_rate: float) -> tuple[float, float]:
         """ε and α of the next step with both sides of its fraction times √(1 − β₂ᵗ): a pass less over the vector."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 SWITCHED_OFF = os.environ.get("TRPO_NATIVE") == "0"
-VERSION = 5  # of the functions in mlp.c, and of their arguments
+VERSION = 6  # of the functions in mlp.c, and of their arguments
 ACTIVATIONS = {"tanh": 0, "relu": 1}  # by their numbers in mlp.c
 BLOCK = 128  # rows that mlp.c takes through all layers at a time
 MOST_LAYERS = 16
@@ -44,11 +44,13 @@ _SIGNATURES: dict[str, tuple[type | None, list]] = {
     "mlp_jvp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS, _INT]),
     "mlp_vjp": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS, _INT]),
     "mlp_factors": (None, [*_NETWORK, _INT, _NUMBERS, _LONG, _NUMBERS, _NUMBERS]),
-    "mlp_adam": (None, [*_NETWORK, _INT, *[_NUMBERS] * 5, _INT, *[_NUMBERS] * 3, _FLOAT, _FLOAT, _NUMBERS]),
+    "mlp_adam": (None, [*_NETWORK, _INT, *[_NUMBERS] * 6, _INT, *[_NUMBERS] * 3, _FLOAT, _FLOAT, _NUMBERS]),
     "ordinal_log_probabilities": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 3, _INT]),
     "ordinal_metric": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 4, _INT]),
     "ordinal_sample": (None, [_LONG, _LONG, _LONG, *[_NUMBERS] * 6, _INT]),
     "policy_act": (None, [_NUMBERS, _LONG, _INT]),
+    "carried_sums_float": (None, [_LONG, _LONG, _NUMBERS, _NUMBERS, _INT]),
+    "carried_sums_double": (None, [_LONG, _LONG, _NUMBERS, _NUMBERS, _INT]),
     "adam_step": (None, [_LONG, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _FLOAT, _FLOAT, _FLOAT, _FLOAT]),
 }
 
@@ -251,7 +253,7 @@ class NativeMlp:
 
     def fits_to(self, x: Tensor, y: Tensor, theta: Tensor, mean: Tensor, square: Tensor) -> bool:
         """Whether `adam` may fit this network to y at x: theta [P] is its parameters, in order, one after the other."""
-        # However many threads there are: the steps of an epoch in one call outrun what several gain within one.
+        # However many threads there are: all steps in one call outrun what several gain within one.
         parameters = self._parameters()
         if parameters is None or not self.fits(x[:BLOCK]) or not takes_vectors(theta, mean, square):
             return False
@@ -267,6 +269,7 @@ class NativeMlp:
         self,
         x: Tensor,
         y: Tensor,
+        order: Tensor,
         rows: Sequence[int],
         theta: Tensor,
         mean: Tensor,
@@ -276,20 +279,28 @@ class NativeMlp:
         epsilons: Sequence[float],
         rates: Sequence[float],
     ) -> None:
-        """`adam_step` on E|f(x) − y|² of one minibatch after another, of so many `rows` each, for what `fits_to`."""
+        """`adam_step` on E|f(x) − y|² of one minibatch after another, for what `fits_to`.
+
+        Each is of so many `rows`, of which `order` [sum of `rows`] says which they are.
+        """
         count, most = len(rows), max(rows)
-        if sum(rows) != len(x) or len(epsilons) != count or len(rates) != count or min(rows) < 1:
-            raise ValueError(f"{count} minibatches of {sum(rows)} rows, {len(x)} rows, {len(rates)} rates")
+        if len(epsilons) != count or len(rates) != count or min(rows) < 1:
+            raise ValueError(f"{count} minibatches, the least of {min(rows)} rows, and {len(rates)} rates")
+        if order.shape != (sum(rows),) or not _plain(order, torch.int64):
+            raise ValueError(f"minibatches of {sum(rows)} rows, in an order of {order.dtype} {list(order.shape)}")
+        first, last = (int(row) for row in order.aminmax())
+        if first < 0 or last >= len(x):
+            raise ValueError(f"minibatches take rows {first} to {last} of {len(x)}")
         work = x.new_empty(
             _LIBRARY.mlp_workspace(*self._network, most)
             + _LIBRARY.mlp_padded(most * self.output_dim)
             + _LIBRARY.mlp_padded(len(theta))
         )
-        x, y = x.contiguous(), y.contiguous()
+        x, y, order = x.contiguous(), y.contiguous(), order.contiguous()
         _LIBRARY.mlp_adam(
             *self._network,
             self._activation,
-            *(tensor.data_ptr() for tensor in (theta, mean, square, x, y)),
+            *(tensor.data_ptr() for tensor in (theta, mean, square, x, y, order)),
             count,
             (_LONG * count)(*rows),
             (_FLOAT * count)(*epsilons),
@@ -435,6 +446,17 @@ class NativeOrdinal:
         addresses = [tensor.data_ptr() for tensor in (*tensors, work)]
         function(rows, self.components, self.bins, *addresses, _threads())
         return tensors[-1]
+
+
+def carried_sums(x: Tensor, carry: Tensor, *, reverse: bool) -> bool:
+    """`trpo.carried_sums` of x [T, …] in place, if the compiled functions can."""
+    fits = _wanted() and carry.shape == (x.shape[0] - 1, *x.shape[1:]) and x.is_contiguous() and carry.is_contiguous()
+    for dtype, name in ((torch.float32, "carried_sums_float"), (torch.float64, "carried_sums_double")):
+        if fits and _plain(x, dtype) and _plain(carry, dtype):
+            count = x[0].numel()
+            getattr(_LIBRARY, name)(len(x), count, x.data_ptr(), carry.data_ptr(), reverse)
+            return True
+    return False
 
 
 def takes_vectors(*vectors: Tensor) -> bool:

@@ -1,4 +1,5 @@
-/* A multilayer perceptron, products with its Jacobian, and its fit by Adam; float32.
+/* A multilayer perceptron, products with its Jacobian, and its fit by Adam, in float32; and small loops of an update that
+ * are slow from outside.
  *
  * The formulas are those of `trpo/networks.py`, which is also what the tests compare this file with. It is here because
  * at TRPO's sizes (thousands of rows, layers of 64) a BLAS library spends most of its time around the arithmetic. Three
@@ -444,7 +445,7 @@ static void add_rows(const float *from, long rows, long width, float *sum)
 }
 
 /* Of the functions here and their arguments: `trpo/native/__init__.py` has the same number. */
-int mlp_version(void) { return 5; }
+int mlp_version(void) { return 6; }
 
 /* Whether this processor has the instructions that this file was compiled to. */
 int mlp_runs_here(void)
@@ -484,6 +485,7 @@ typedef struct {
     int layers, activation;
     long rows;
     const float *x;                            /* [rows, n_0] */
+    const long *order;                         /* or of more rows than that, those numbers [rows] */
     const void *raw;                           /* or before it is normalised: clip((raw − shift) · scale, ±clip) */
     int wide;                                  /* raw is of doubles */
     const double *shift, *scale;
@@ -512,6 +514,8 @@ static void forward_part(const void *task, long part, int rank)
                 const double y = (x - t->shift[j]) * t->scale[j]; /* NaN passes, here and on */
                 input[i * in + j] = (float)(y < -t->clip ? -t->clip : y > t->clip ? t->clip : y);
             }
+    else if (t->order)
+        for (long i = 0; i < count; i++) widen(t->x + t->order[row + i] * p->n[0], 1, p->n[0], input + i * in);
     else
         widen(t->x + row * p->n[0], count, p->n[0], input);
     for (int l = 0; l < t->layers; l++) {
@@ -593,6 +597,12 @@ static void back_part(const void *task, long part, int rank)
     }
 }
 
+/* Whether Σ hᵀδ = (Σ δᵀh)ᵀ has less of its product in the padding: so of few inputs. */
+static inline int upright(const Plan *p, int l)
+{
+    return p->n[l] * pad(p->n[l + 1]) < p->n[l + 1] * pad(p->n[l]);
+}
+
 /* Some rows of the gradient of one layer's weights, and with the first of them its biases': block by block of the rows
  * at hand, for which it makes no difference to a number how many parts there are. */
 static void gradient_part(const void *task, long part, int rank)
@@ -601,13 +611,16 @@ static void gradient_part(const void *task, long part, int rank)
     const Plan *p = t->p;
     const int l = t->layers - 1 - (int)(part / t->strips);
     const long strip = part % t->strips, in = pad(p->n[l]), width = pad(p->n[l + 1]);
-    const long from = strip * p->n[l + 1] / t->strips, to = (strip + 1) * p->n[l + 1] / t->strips;
-    float *weight = t->work + p->turned_tangent[l] + from * in;
+    const int turned = upright(p, l);
+    const long high = turned ? p->n[l] : p->n[l + 1], wide = turned ? width : in;
+    const long from = strip * high / t->strips, to = (strip + 1) * high / t->strips;
+    float *weight = t->work + p->turned_tangent[l] + from * wide;
     (void)rank;
     for (long row = t->row; row < t->stop; row += BLOCK) {
         const long count = least(BLOCK, t->stop - row);
         const float *delta = t->work + p->delta[l] + (row - t->row) * width, *h = t->work + p->input[l] + row * in;
-        product(to - from, in, count, delta + from, 1, width, h, in, weight, in, weight, in);
+        if (turned) product(to - from, wide, count, h + from, 1, in, delta, width, weight, wide, weight, wide);
+        else product(to - from, wide, count, delta + from, 1, width, h, in, weight, wide, weight, wide);
         if (!strip) add_rows(delta, count, width, t->work + p->bias_tangent[l]);
     }
 }
@@ -619,7 +632,8 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
     const Plan p = plan(widths, layers, rows);
     Task task = {&p, layers, activation, rows, .u = u, .work = work, .strips = threads};
     for (int l = 0; l < layers; l++) {
-        memset(work + p.turned_tangent[l], 0, sizeof(float) * (size_t)(p.n[l + 1] * pad(p.n[l])));
+        const long size = upright(&p, l) ? p.n[l] * pad(p.n[l + 1]) : p.n[l + 1] * pad(p.n[l]);
+        memset(work + p.turned_tangent[l], 0, sizeof(float) * (size_t)size);
         memset(work + p.bias_tangent[l], 0, sizeof(float) * (size_t)pad(p.n[l + 1]));
     }
     for (; task.row < rows; task.row = task.stop) {
@@ -628,7 +642,11 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
         share(threads, gradient_part, &task, (long)layers * task.strips);
     }
     for (int l = 0; l < layers; l++) {
-        narrow(work + p.turned_tangent[l], p.n[l + 1], p.n[l], out);
+        const float *weight = work + p.turned_tangent[l];
+        if (upright(&p, l))
+            for (long i = 0; i < p.n[l + 1]; i++)
+                for (long j = 0; j < p.n[l]; j++) out[i * p.n[l] + j] = weight[j * pad(p.n[l + 1]) + i];
+        else narrow(weight, p.n[l + 1], p.n[l], out);
         out += p.n[l + 1] * p.n[l];
         narrow(work + p.bias_tangent[l], 1, p.n[l + 1], out);
         out += p.n[l + 1];
@@ -696,11 +714,12 @@ void adam_step(long count, float *restrict theta, const float *restrict gradient
     }
 }
 
-/* Adam on the mean over rows of |f(x) − y|², a step for each minibatch of so many rows, one after the other in x and y.
- * `work`: a workspace for the largest minibatch, then room for its outputs and for one gradient. */
+/* Adam on the mean over rows of |f(x) − y|², a step for each minibatch of so many rows: those of x and y that `order`
+ * names, one minibatch after the other. `work`: a workspace for the largest minibatch, then room for its outputs and for
+ * one gradient. */
 void mlp_adam(const long *widths, int layers, int activation, float *theta, float *mean, float *square, const float *x,
-              const float *y, int minibatches, const long *rows, const float *epsilon, const float *rate, float beta1,
-              float beta2, float *work)
+              const float *y, const long *order, int minibatches, const long *rows, const float *epsilon,
+              const float *rate, float beta1, float beta2, float *work)
 {
     const float *parameters[2 * MOST_LAYERS];
     long size = 0, most = 0;
@@ -713,17 +732,43 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
     for (int i = 0; i < minibatches; i++)
         if (rows[i] > most) most = rows[i];
     float *error = work + plan(widths, layers, most).total, *gradient = error + pad(most * widths[layers]);
-    for (int i = 0; i < minibatches; i++) {
-        const long outputs = rows[i] * widths[layers];
+    for (int i = 0; i < minibatches; i++, order += rows[i - 1]) {
+        const long outputs = widths[layers];
         const float scale = 2.0f / (float)rows[i];
-        mlp_forward(widths, layers, activation, parameters, x, rows[i], 1, error, work, 1);
-        for (long j = 0; j < outputs; j++) error[j] = (error[j] - y[j]) * scale;
+        const Plan p = plan(widths, layers, rows[i]);
+        const Task task = {&p, layers, activation, rows[i], .x = x, .order = order, .out = error, .work = work,
+                           .keep = 1};
+        take_parameters(&p, layers, parameters, 1, work);
+        share(1, forward_part, &task, blocks(rows[i]));
+        for (long j = 0; j < rows[i]; j++)
+            for (long k = 0; k < outputs; k++)
+                error[j * outputs + k] = (error[j * outputs + k] - y[order[j] * outputs + k]) * scale;
         mlp_vjp(widths, layers, activation, error, rows[i], gradient, work, 1);
         adam_step(size, theta, gradient, mean, square, beta1, beta2, epsilon[i], rate[i]);
-        x += rows[i] * widths[0];
-        y += outputs;
     }
 }
+
+/* --------------------------------------------------------------------------------------- sums over time ---- */
+
+#if defined(__FMA__) || defined(__aarch64__)
+#define FUSED(fma, a, b, c) fma(a, b, c)
+#else
+#define FUSED(fma, a, b, c) ((a) * (b) + (c)) /* by a library it would take a hundred times as long */
+#endif
+
+/* x_{t+1} ← x_{t+1} + c_t x_t, x [steps, count] and c [steps − 1, count]; in `reverse` x_t ← x_t + c_t x_{t+1}. */
+#define CARRIED_SUMS(name, number, fma)                                                                              \
+    void name(long steps, long count, number *x, const number *carry, int reverse)                                   \
+    {                                                                                                                \
+        for (long s = 0; s < steps - 1; s++) {                                                                       \
+            const long t = reverse ? steps - 2 - s : s;                                                              \
+            const number *c = carry + t * count, *from = x + (reverse ? t + 1 : t) * count;                          \
+            number *to = x + (reverse ? t : t + 1) * count;                                                          \
+            for (long i = 0; i < count; i++) to[i] = FUSED(fma, c[i], from[i], to[i]);                               \
+        }                                                                                                            \
+    }
+CARRIED_SUMS(carried_sums_float, float, __builtin_fmaf)
+CARRIED_SUMS(carried_sums_double, double, __builtin_fma)
 
 /* --------------------------------------------------------------------------------------- ordinal policies ---- */
 

@@ -1,0 +1,27 @@
+"""Sums over time of which a part is carried from step to step: what discounted returns and advantages both are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trpo import native
+
+
+def carried_sums_(x: Tensor, carry: Tensor, *, reverse: bool = False) -> Tensor:
+    """x_{t+1} ← x_{t+1} + c_t x_t for t = 0, 1, …, in place; or reversed x_t ← x_t + c_t x_{t+1} from the end on.
+
+    Args:
+        x: [T, …].
+        carry: [T − 1, …] c, in the dtype of x.
+        reverse: from the last to the first.
+
+    Returns:
+        x.
+    """
+    if native.carried_sums(x, carry, reverse=reverse):
+        return x
+    rows, carries = x.unbind(), carry.unbind()
+    for t in reversed(range(len(carries))) if reverse else range(len(carries)):
+        before, after = (rows[t + 1], rows[t]) if reverse else (rows[t], rows[t + 1])
+        after.addcmul_(carries[t], before)
+    return x
