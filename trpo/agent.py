@@ -345,4 +345,4 @@ def _transitions(valid: Tensor, *parts: Tensor) -> list[Tensor]:
     """The rows of each part [T, N, …] that are transitions [B, …]; views where all of them are."""
     keep = valid.flatten().nonzero().squeeze(-1)
     flat = [x.flatten(0, 1) for x in parts]
-    return flat if len(keep) == valid.numel() else [x.index_select(0, keep.to(x.device)) for x in flat]
+    return flat if len(keep) == valid.numel() else [x.index_select(0, keep) for x in flat]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from trpo import native
@@ -20,8 +22,7 @@ def carried_sums_(x: Tensor, carry: Tensor, *, reverse: bool = False) -> Tensor:
     """
     if native.carried_sums(x, carry, reverse=reverse):
         return x
-    rows, carries = x.unbind(), carry.unbind()
-    for t in reversed(range(len(carries))) if reverse else range(len(carries)):
-        before, after = (rows[t + 1], rows[t]) if reverse else (rows[t], rows[t + 1])
-        after.addcmul_(carries[t], before)
+    rows, carries, steps = x.unbind(), carry.unbind(), range(len(x))
+    for before, after in pairwise(reversed(steps) if reverse else steps):
+        rows[after].addcmul_(carries[min(before, after)], rows[before])
     return x
