@@ -50,6 +50,8 @@ typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int vec_int __attribute__((vector_size(LANES * sizeof(int))));
 typedef float vec_unaligned __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
+#define INLINE static inline __attribute__((always_inline))
+
 static inline vec load(const float *p) { return *(const vec_unaligned *)p; }
 static inline void store(float *p, vec x) { *(vec_unaligned *)p = x; }
 static inline vec all(float x) { return x - (vec){0}; } /* minus: plus would make 0 of −0, for which compilers add */
@@ -77,7 +79,7 @@ static inline long least(long a, long b) { return a < b ? a : b; }
 /* C [rows, vecs · LANES] = init + Σ_k a(·, k) b(k, ·), all of C in registers; rows and vecs are compile-time constants.
  * a(i, k) = a[i · a_row + k · a_col], so that A may be a transpose. init_row = 0 adds one row (a bias) to all; without
  * `init` sums start at 0. */
-static inline __attribute__((always_inline)) void tile(
+INLINE void tile(
     const int rows, const int vecs, long depth, const float *a, long a_row, long a_col, const float *b, long b_row,
     const float *init, long init_row, float *c, long c_row)
 {
@@ -97,7 +99,7 @@ static inline __attribute__((always_inline)) void tile(
 }
 
 /* A column of C, `vecs` wide, from the top to the bottom. */
-static inline __attribute__((always_inline)) void column(
+INLINE void column(
     const int tall, const int vecs, long rows, long depth, const float *a, long a_row, long a_col, const float *b,
     long b_row, const float *init, long init_row, float *c, long c_row)
 {
@@ -799,9 +801,17 @@ static void share_components(int threads, const Components *c)
     share(threads, components_part, c, (c->count + COMPONENTS - 1) / COMPONENTS);
 }
 
+/* Loops over all lanes, which are mostly full, are to have a constant length. */
+#define VECTOR(name)                                                                                                 \
+    static void name##_vector(const Components *c, long from, int lanes, float *work)                                \
+    {                                                                                                                \
+        if (lanes == LANES) name##_of(c, from, LANES, work);                                                         \
+        else name##_of(c, from, lanes, work);                                                                        \
+    }
+
 /* Of up to LANES components, from `from` on: logit i of η − logit 0, value by value in `work`. Returns the largest, or NaN
  * if one is not finite: comparisons alone would take such a policy for a certain one. */
-static vec logits(long from, int lanes, long n, const float *eta, float *work)
+INLINE vec logits(long from, int lanes, long n, const float *eta, float *work)
 {
     float tilt[LANES] = {0}, logit[LANES] = {0}, top[LANES] = {0};
     for (int k = 0; k < lanes; k++) tilt[k] = eta[(from + k) * n];
@@ -828,7 +838,7 @@ static vec exponentials(long n, vec top, float *x)
     return total;
 }
 
-static void log_probabilities_vector(const Components *c, long from, int lanes, float *work)
+INLINE void log_probabilities_of(const Components *c, long from, int lanes, float *work)
 {
     const vec top = logits(from, lanes, c->n, c->eta, work);
     float high[LANES], total[LANES];
@@ -841,6 +851,8 @@ static void log_probabilities_vector(const Components *c, long from, int lanes, 
         for (int k = 0; k < lanes; k++) c->out[i * c->count + from + k] -= total[k];
 }
 
+VECTOR(log_probabilities)
+
 /* log p [n, count] of η. */
 void ordinal_log_probabilities(long rows, long components, long n, const float *eta, float *out, float *work,
                                int threads)
@@ -850,7 +862,7 @@ void ordinal_log_probabilities(long rows, long components, long n, const float *
     share_components(threads, &task);
 }
 
-static void metric_vector(const Components *c, long from, int lanes, float *work)
+INLINE void metric_of(const Components *c, long from, int lanes, float *work)
 {
     float here[LANES] = {0};
     vec mean = all(0), above = all(0), tilt = all(0);
@@ -870,6 +882,8 @@ static void metric_vector(const Components *c, long from, int lanes, float *work
     for (int k = 0; k < lanes; k++) c->out[(from + k) * c->n] = here[k];
 }
 
+VECTOR(metric)
+
 /* C w [count, n] of w_i = p_i (v_i − Σ p v), v = Cᵀ u: the product of u with the Fisher metric in η, p [n, count]. */
 void ordinal_metric(long rows, long components, long n, const float *p, const float *u, float *out, float *work,
                     int threads)
@@ -879,7 +893,7 @@ void ordinal_metric(long rows, long components, long n, const float *p, const fl
     share_components(threads, &task);
 }
 
-static void sample_vector(const Components *c, long from, int lanes, float *work)
+INLINE void sample_of(const Components *c, long from, int lanes, float *work)
 {
     const vec total = exponentials(c->n, logits(from, lanes, c->n, c->eta, work), work);
     float bound[LANES] = {0}, found[LANES] = {0}, below[LANES] = {0};
@@ -895,6 +909,8 @@ static void sample_vector(const Components *c, long from, int lanes, float *work
         c->out[from + k] = c->low[a] + c->width[a] * (found[k] + 0 * bound[k]);
     }
 }
+
+VECTOR(sample)
 
 /* One of the values of each component, low + width · i: so many i as have a cumulated probability below Φ(noise). low
  * and width are the same for every row. */
