@@ -14,8 +14,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="image to write (default: %(default)s)")
     parser.add_argument("--metric", default=DEFAULT_METRIC, help="column to draw (default: %(default)s)")
     arguments = parser.parse_args()
-    plot_runs(arguments.runs, arguments.out, metric=arguments.metric)
+    endings = plot_runs(arguments.runs, arguments.out, metric=arguments.metric)
     print(arguments.out)
+    print(f"{arguments.metric}, the last of each seed, on average:")
+    for ending in endings:
+        print(f"  {ending}")
 
 
 if __name__ == "__main__":

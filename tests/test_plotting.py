@@ -23,6 +23,7 @@ from trpo.plotting import (
     Curve,
     aggregate,
     draw,
+    endings,
     find_runs,
     longest_per_seed,
     plot_runs,
@@ -101,6 +102,22 @@ def test_aggregate_bootstraps_from_three_seeds_on() -> None:
     np.testing.assert_allclose(band.mean, 3.0, rtol=1e-12)
     assert np.all(band.low > 0.0) and np.all(band.high < 6.0), "this is the range of the values"
     assert np.all(band.low < 3.0) and np.all(band.high > 3.0)
+
+
+def test_endings_are_of_the_last_value_of_each_seed() -> None:
+    four = [make_curve([0, 1000 + seed], [-1.0, value], seed=seed) for seed, value in enumerate([0.0, 1.0, 5.0, 6.0])]
+    two = [make_curve([0, 2000], [9.0, value], seed=seed, name="other") for seed, value in enumerate([-1500.0, 0.25])]
+    one = make_curve([3000], [0.03125], env_id="Second-v0")
+    first, second, third = endings([*four, *two, one])
+    assert (first.seeds, first.env_steps, first.mean) == (4, (1000, 1003), 3.0)
+    low, high = bootstrap_interval(np.array([[0.0], [1.0], [5.0], [6.0]]))
+    assert (first.low, first.high) == (low[0], high[0]) and 0 < first.low < 3 < first.high < 6
+    assert (second.seeds, second.low, second.high, second.mean) == (2, -1500.0, 0.25, -749.875)
+    assert str(first) == (
+        f"Env-v0, trpo: 3 ({first.low:.4g} to {first.high:.4g}, 95% bootstrap interval of 4 seeds, 1,000 to 1,003 steps)"
+    )
+    assert str(second) == "Env-v0, other: -749.9 (-1,500.0 to 0.25, min to max of 2 seeds, 2,000 steps)"
+    assert str(third) == "Second-v0, trpo: 0.03125 (1 seed, 3,000 steps)"
 
 
 @pytest.mark.parametrize("curves", [[([0, 1], [0, 1])], [([0, 1], [0, 1]), ([2, 3], [0, 1])]])
@@ -308,7 +325,9 @@ def test_command_draws_the_metric_it_is_given(
     output = tmp_path / "evaluation.svg"
     assert run_script([run, "--out", output, "--metric", "eval/mean_reward"], monkeypatch) == 0
     assert "mean return, evaluation" in output.read_text()  # matplotlib keeps the text as a comment beside its glyphs
-    assert capsys.readouterr().out == f"{output}\n"
+    assert capsys.readouterr().out == (
+        f"{output}\neval/mean_reward, the last of each seed, on average:\n  CartPole-v1, trpo: 10 (1 seed, 3,000 steps)\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,30 @@ class Band:
     interval: str  # what low and high are
 
 
-def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAULT_METRIC) -> None:
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The last value of each seed's curve: the mean, with an interval if there are several."""
+
+    env_id: str
+    name: str
+    seeds: int
+    env_steps: tuple[int, int]  # the least and the most, of the last values
+    mean: float
+    low: float  # with high: of `interval`
+    high: float
+    interval: str
+
+    def __str__(self) -> str:
+        least, most = (f"{steps:,}" for steps in self.env_steps)
+        steps = f"{least} steps" if least == most else f"{least} to {most} steps"
+        if self.seeds == 1:
+            spread = f"1 seed, {steps}"
+        else:
+            spread = f"{_short(self.low)} to {_short(self.high)}, {self.interval} of {self.seeds} seeds, {steps}"
+        return f"{self.env_id}, {self.name}: {_short(self.mean)} ({spread})"
+
+
+def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAULT_METRIC) -> list[Ending]:
     """Draws a metric against environment steps: one panel per environment, one colour per name, a mean over seeds.
 
     The metric is looked for in `progress.csv`, then in `evaluations.csv`. Runs of one name that learned with different
@@ -85,6 +108,9 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
         directories: run directories, or directories that hold some at any depth.
         output: image to write, folders and all; its suffix (.png, .svg, .pdf) decides the format, by default png.
         metric: a column of the tables, such as `eval/mean_reward`.
+
+    Returns:
+        Where the curves end, for each colour of each panel.
 
     A run that cannot be read is left out, with a warning.
 
@@ -97,18 +123,20 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
     if not measured:
         other = "; --metric eval/mean_reward draws the evaluations" if metric.startswith("rollout/") else ""
         raise UserError(f"nothing to plot: {metric} has no value in {curves[0].source}{other}")
-    figure = draw(longest_per_seed(told_apart(measured)), metric)
+    drawn = longest_per_seed(told_apart(measured))
+    figure = draw(drawn, metric)
     image = io.BytesIO()
     try:
         figure.savefig(image, format=output.suffix.removeprefix(".") or "png")
         target = output.resolve()  # where a link leads
         if target.exists() and not target.is_file():  # a pipe, say, or a folder, which refuses
             target.write_bytes(image.getvalue())
-            return
-        with whole_file(target) as file:
-            file.write_bytes(image.getvalue())
+        else:
+            with whole_file(target) as file:
+                file.write_bytes(image.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {output}: {error}") from error
+    return endings(drawn)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Path]:
@@ -211,11 +239,30 @@ def aggregate(curves: Sequence[Curve]) -> Band | None:
         return None
     grid = np.linspace(first, last, GRID_POINTS)
     values = np.stack([np.interp(grid, curve.env_steps, curve.values) for curve in curves])
-    if len(curves) < MIN_SEEDS_FOR_BOOTSTRAP:
-        low, high, interval = values.min(axis=0), values.max(axis=0), "min to max"
-    else:
-        (low, high), interval = bootstrap_interval(values), "95% bootstrap interval"
-    return Band(grid, values.mean(axis=0), low, high, interval)
+    return Band(grid, values.mean(axis=0), *_interval(values))
+
+
+def endings(curves: Sequence[Curve]) -> list[Ending]:
+    """Where the curves of each environment and name end, in their order."""
+    ends = []
+    for env_id, panel in _grouped(curves, lambda curve: curve.env_id).items():
+        for name, members in _grouped(panel, lambda curve: curve.name).items():
+            last, steps = np.array([curve.values[-1] for curve in members]), [int(c.env_steps[-1]) for c in members]
+            low, high, interval = _interval(last[:, None])
+            spread = float(low[0]), float(high[0]), interval
+            ends.append(Ending(env_id, name, len(members), (min(steps), max(steps)), float(last.mean()), *spread))
+    return ends
+
+
+def _interval(values: Array) -> tuple[Array, Array, str]:
+    """Of the mean over seeds of values [S, G]: low [G], high [G] and what they are."""
+    if len(values) < MIN_SEEDS_FOR_BOOTSTRAP:
+        return values.min(axis=0), values.max(axis=0), "min to max"
+    return *bootstrap_interval(values), "95% bootstrap interval"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def draw(curves: Sequence[Curve], metric: str) -> Figure:
