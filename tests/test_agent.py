@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from threading import get_ident
 from time import sleep
 from typing import Any
@@ -58,14 +58,18 @@ def make_agent(
 
 
 def make_rollout() -> Rollout:
-    ended = torch.rand(STEPS, ENVS, generator=seeded(5)) < 0.2
+    """What is acted on is what came last, but after an end."""
+    terminated = torch.rand(STEPS, ENVS, generator=seeded(5)) < 0.2
+    truncated = ~terminated & (torch.rand(STEPS, ENVS, generator=seeded(6)) < 0.2)
+    obs, last = randn(STEPS, ENVS, OBS, seed=1), randn(STEPS, ENVS, OBS, seed=2)
+    next_obs = torch.cat([obs[1:], last[-1:]])
     return Rollout(
-        obs=randn(STEPS, ENVS, OBS, seed=1),
-        next_obs=randn(STEPS, ENVS, OBS, seed=2),
+        obs=obs,
+        next_obs=torch.where((terminated | truncated).unsqueeze(-1), last, next_obs),
         action=randn(STEPS, ENVS, ACTIONS, seed=3),
         reward=randn(STEPS, ENVS, seed=4),
-        terminated=ended,
-        truncated=~ended & (torch.rand(STEPS, ENVS, generator=seeded(6)) < 0.2),
+        terminated=terminated,
+        truncated=truncated,
         valid=torch.ones(STEPS, ENVS, dtype=torch.bool),
     )
 
@@ -81,10 +85,52 @@ def test_advantages_and_targets_have_a_lambda_each(value_lambda: float) -> None:
         shaped = (x.view(STEPS, ENVS) for x in (now, then))
         return gae(rollout.reward, *shaped, *ends, gamma=0.9, lambda_=lambda_)
 
-    # The same operations in the same order: equal to the bit but for the standardisation's own rounding.
-    assert torch.equal(target, by_hand(value_lambda)[1].flatten())
     assert torch.equal(value, now)
+    # The same operations; V of successors is asked in other batches, in which torch may round otherwise.
+    torch.testing.assert_close(target, by_hand(value_lambda)[1].flatten(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(batch.advantage, standardize(by_hand(0.3)[0].flatten()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_v_is_asked_once_of_what_is_acted_on_next(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    agent, rollout = make_agent(), make_rollout()
+    rollout = Rollout(**{field.name: getattr(rollout, field.name)[:steps] for field in fields(rollout)})
+    if steps > 1:  # an end of which all but one coordinate is that of the next start
+        ends = (rollout.terminated | rollout.truncated)[:-1].nonzero()
+        t, n = ends[0].tolist()
+        rollout.next_obs[t, n] = rollout.obs[t + 1, n]
+        rollout.next_obs[t, n, -1] += 1.0
+        assert 1 < len(ends) < ENVS * (steps - 1), "some end, some go on"
+    asked: list[int] = []
+    value_of = agent.average_value.__call__
+
+    def ask(obs: torch.Tensor) -> torch.Tensor:
+        asked.append(len(obs))
+        return value_of(obs)
+
+    monkeypatch.setattr(agent, "average_value", ask)
+    value, next_value = agent._values(rollout)
+    ended = (rollout.terminated | rollout.truncated)[:-1].sum()
+    assert asked == [steps * ENVS, int(ended) + ENVS]
+    # Rounding of float64, in batches of other sizes.
+    for found, obs in ((value, rollout.obs), (next_value, rollout.next_obs)):
+        torch.testing.assert_close(found.flatten(), value_of(obs.flatten(0, 1)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_batch_stays_what_it_is_when_the_rollout_is_overwritten(normalize: bool) -> None:
+    agent, rollout = make_agent(), make_rollout()
+    agent.policy.normalizer.enabled = normalize
+    batch, target, value = agent.prepare(rollout, progress=0.0)
+    kept = copy.deepcopy((batch, target, value))
+    for field in fields(rollout):
+        getattr(rollout, field.name).zero_()
+    for now, before in zip(
+        (batch.obs, batch.action, batch.advantage, target, value),
+        (kept[0].obs, kept[0].action, kept[0].advantage, *kept[1:]),
+        strict=True,
+    ):
+        assert torch.equal(now, before) and now.any()
 
 
 def test_a_rollout_of_resets_alone_is_refused() -> None:

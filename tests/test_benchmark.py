@@ -169,6 +169,11 @@ def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) 
         *("Tiny-v0", "60.0 ± 0.0", "3", "10 s"),
         *("40.0 ± 10.0", "2", "16 s", "3.0 ± 1.0", "1.6"),
     ]
+    rounds[OUR_ROW] = [{"steps_per_s": 400}] * 3  # 400 steps in 1 s, in which they come to 25
+    (tmp_path / "speed.json").write_text(json.dumps({"tables": {"recipe Tiny-v0": rounds}}))
+    assert "| 2.0 ± 1.0, its first evaluation, later |" in compare()
+    rounds[OUR_ROW] = [{"steps_per_s": 40}] * 3
+    (tmp_path / "speed.json").write_text(json.dumps({"tables": {"recipe Tiny-v0": rounds}}))
     for agent in ("ours", "theirs"):  # a task whose speed was not measured
         shutil.copytree(tmp_path / agent / "tiny", tmp_path / agent / "unmeasured")
         for file in (tmp_path / agent / "unmeasured").iterdir():

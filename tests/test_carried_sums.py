@@ -66,3 +66,10 @@ def test_columns_apart_in_memory_are_summed_all_the_same() -> None:
     expected = solved(wide[:, ::2].clone(), carry, reverse=True)
     carried_sums_(wide[:, ::2], carry, reverse=True)
     torch.testing.assert_close(wide[:, ::2], expected, rtol=0, atol=1e-13)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(4, 4), (6, 4), (7, 4), (5, 1), (5,)], ids=str)
+def test_a_carry_that_does_not_lie_between_the_rows_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="a carry of shape"):
+        carried_sums_(randn(6, 4), randn(*shape))

@@ -226,6 +226,27 @@ def test_ordinal_distributions(rows: int, components: int, bins: int) -> None:
 
 
 @pytest.mark.usefixtures("machine")
+@torch.no_grad()
+def test_an_ordinal_row_is_the_same_numbers_whatever_is_computed_beside_it() -> None:
+    """Alone it is part of a vector, in a batch of a whole one: of compilers' choices none may show."""
+    compiled, _ = ordinal(3, 11)
+    eta, u, noise = randn(17, 3 * 11).float(), randn(17, 3 * 11, seed=1).float(), randn(17, 3, seed=2).float()
+    log_p, drawn = compiled.log_probabilities(eta), compiled.sample(eta, noise)
+    assert log_p is not None and drawn is not None
+    p = log_p.exp()
+    product = compiled.metric(p, u)
+    assert product is not None
+    for i in range(len(eta)):
+        row = slice(i, i + 1)
+        for whole, alone in (
+            (log_p[:, row], compiled.log_probabilities(eta[row])),
+            (drawn[row], compiled.sample(eta[row], noise[row])),
+            (product[row], compiled.metric(p[:, row].contiguous(), u[row])),
+        ):
+            assert alone is not None and torch.equal(whole, alone)
+
+
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("bins", [2, 3, 11, 100])
 @pytest.mark.parametrize("components", [1, 3, 17])
 @pytest.mark.parametrize("rows", [1, 16, 77])
@@ -551,7 +572,11 @@ def test_a_fit_in_one_call_takes_the_steps_of_torchs_adam(sizes: tuple[int, ...]
     theta = FlatParameters(mlp).vector
     mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
     rows = [50, 49, 1, 130]
-    x, y = randn(sum(rows), sizes[0]), randn(sum(rows), sizes[-1], seed=1)
+    # Columns apart in memory: C has to be given others.
+    (x, x32), (y, y32) = (
+        (wide[:, ::2], wide.float()[:, ::2])
+        for wide in (randn(sum(rows), 2 * sizes[0]), randn(sum(rows), 2 * sizes[-1], seed=1))
+    )
     order = torch.randperm(sum(rows), generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.Adam(exact.parameters(), lr=1e-3, eps=1e-5)
     with torch.enable_grad():
@@ -560,9 +585,9 @@ def test_a_fit_in_one_call_takes_the_steps_of_torchs_adam(sizes: tuple[int, ...]
             (exact(x[some]) - y[some]).square().sum(1).mean().backward()
             optimizer.step()
     corrections = [math.sqrt(1 - 0.999**t) for t in range(1, 5)]
-    assert mlp.native is not None and mlp.native.fits_to(x.float(), y.float(), theta, mean, square)
+    assert mlp.native is not None and mlp.native.fits_to(x32, y32, theta, mean, square)
     mlp.native.adam(
-        x.float(), y.float(), order, rows, theta, mean, square, betas=(0.9, 0.999),
+        x32, y32, order, rows, theta, mean, square, betas=(0.9, 0.999),
         epsilons=[1e-5 * c for c in corrections],
         rates=[1e-3 * c / (1 - 0.9**t) for t, c in enumerate(corrections, 1)],
     )  # fmt: skip

@@ -138,7 +138,7 @@ def test_adam_is_torchs_on_autograd_gradients_of_the_same_minibatches() -> None:
 
 
 @pytest.mark.skipif(not native.available(), reason="the compiled functions were not built")
-def test_an_epoch_in_one_call_is_its_steps_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_in_one_call_is_its_steps_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     obs, target = (x.float() for x in data())
     fits = []

@@ -304,7 +304,7 @@ class Agent:
         obs, next_obs = samples.obs, samples.next_obs
         value = self.average_value(obs.flatten(0, 1)).view(obs.shape[:2])
         goes_on = (next_obs[:-1] == obs[1:]).all(-1)
-        ends = torch.cat([~goes_on, goes_on.new_ones(1, obs.shape[1])])
+        ends = torch.cat([~goes_on, goes_on.new_ones(1, obs.shape[1])]).nonzero(as_tuple=True)
         next_value = torch.cat([value[1:], value[-1:]])
         next_value[ends] = self.average_value(next_obs[ends])
         return value, next_value
@@ -342,7 +342,7 @@ class Agent:
 
 
 def _transitions(valid: Tensor, *parts: Tensor) -> list[Tensor]:
-    """The rows of each part [T, N, …] that are transitions [B, …]; views where all of them are."""
+    """The rows of each part [T, N, …] that are transitions [B, …], in memory of their own."""
     keep = valid.flatten().nonzero().squeeze(-1)
     flat = [x.flatten(0, 1) for x in parts]
-    return flat if len(keep) == valid.numel() else [x.index_select(0, keep) for x in flat]
+    return [x.clone() if len(keep) == len(x) else x.index_select(0, keep) for x in flat]

@@ -19,7 +19,12 @@ def carried_sums_(x: Tensor, carry: Tensor, *, reverse: bool = False) -> Tensor:
 
     Returns:
         x.
+
+    Raises:
+        ValueError: `carry` is of another shape.
     """
+    if carry.shape != (len(x) - 1, *x.shape[1:]):
+        raise ValueError(f"a carry of shape {list(carry.shape)} between the rows of {list(x.shape)}")
     if native.carried_sums(x, carry, reverse=reverse):
         return x
     rows, carries, steps = x.unbind(), carry.unbind(), range(len(x))

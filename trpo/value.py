@@ -151,7 +151,7 @@ class AdamFit:
         wanted = target.unsqueeze(-1)
         orders = (self._order(len(obs), obs.device) for _ in range(self.settings.epochs))
         steps = self._adam.all_at_once(native, value.theta.vector, obs, wanted, orders, sizes, learning_rate)
-        for order in orders:  # none is left if that was it
+        for order in orders if not steps else ():
             # Gathered once an epoch: minibatches are then views.
             shuffled, shuffled_wanted = obs.index_select(0, order), wanted.index_select(0, order)
             if in_one:

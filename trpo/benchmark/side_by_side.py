@@ -57,10 +57,13 @@ def side_by_side(ours: Path, theirs: Path, *, agent: str, speed: Path) -> str:
     for task, rate in zip(tasks, rates, strict=True):
         mine, other = (results[task] for results in both)
         environment, env_steps = mine[0]["environment"], mine[0]["env_steps"]
-        early = [_return_at(run, rate.theirs * env_steps / rate.ours) for run in other]
+        then = rate.theirs * env_steps / rate.ours
+        early = _mean_and_std([_return_at(run, then) for run in other])
+        if any(run["evaluations"]["env_steps"][0] > then for run in other):
+            early += ", its first evaluation, later"
         lines.append(
             f"| {environment} | {_scores(mine)} | {len(mine)} | {_seconds(env_steps / rate.ours)} | {_scores(other)} "
-            f"| {len(other)} | {_seconds(other[0]['env_steps'] / rate.theirs)} | {_mean_and_std(early)} "
+            f"| {len(other)} | {_seconds(other[0]['env_steps'] / rate.theirs)} | {early} "
             f"| {number(rate.ratio, 1)} |"
         )
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
-"""`mlp.c` from Python: what multilayer perceptrons spend their time in, compiled for the machine it was installed on.
+"""`mlp.c` from Python: what multilayer perceptrons spend their time in, compiled for the machine it was installed on,
+and small loops of an update that are slow in Python.
 
-An optional part. Where it was not built, was built for another processor, or cannot do what is asked (a GPU, float64,
-gradients by autograd, other activations), `trpo.networks` does the same with torch.
+An optional part. Where it was not built, was built for another processor, or cannot do what is asked (a GPU, networks
+in float64, gradients by autograd, other activations), whoever asks does the same with torch.
 `TRPO_NATIVE=0` in the environment leaves it out: two machines, or one with and one without a compiler, then round alike
 more often.
 
@@ -255,7 +256,7 @@ class NativeMlp:
         """Whether `adam` may fit this network to y at x: theta [P] is its parameters, in order, one after the other."""
         # However many threads there are: all steps in one call outrun what several gain within one.
         parameters = self._parameters()
-        if parameters is None or not self.fits(x[:BLOCK]) or not takes_vectors(theta, mean, square):
+        if parameters is None or not self.fits(x) or not takes_vectors(theta, mean, square):
             return False
         *starts, size = accumulate((parameter.numel() for parameter in parameters), initial=0)
         return (
@@ -450,7 +451,7 @@ class NativeOrdinal:
 
 def carried_sums(x: Tensor, carry: Tensor, *, reverse: bool) -> bool:
     """`trpo.carried_sums` of x [T, …] in place, if the compiled functions can."""
-    fits = _wanted() and carry.shape == (x.shape[0] - 1, *x.shape[1:]) and x.is_contiguous() and carry.is_contiguous()
+    fits = _wanted() and carry.shape == (len(x) - 1, *x.shape[1:]) and x.is_contiguous() and carry.is_contiguous()
     for dtype, name in ((torch.float32, "carried_sums_float"), (torch.float64, "carried_sums_double")):
         if fits and _plain(x, dtype) and _plain(carry, dtype):
             count = x[0].numel()

@@ -1,5 +1,5 @@
 /* A multilayer perceptron, products with its Jacobian, and its fit by Adam, in float32; and small loops of an update that
- * are slow from outside.
+ * are slow in Python.
  *
  * The formulas are those of `trpo/networks.py`, which is also what the tests compare this file with. It is here because
  * at TRPO's sizes (thousands of rows, layers of 64) a BLAS library spends most of its time around the arithmetic. Three
@@ -19,6 +19,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <string.h>
 #include <time.h>
 
@@ -344,7 +345,7 @@ typedef struct {
     long n[MOST_LAYERS + 1];           /* widths */
     long weight[MOST_LAYERS];          /* W_l    [n_{l+1}, pad(n_l)], for δ W */
     long turned[MOST_LAYERS];          /* W_lᵀ   [n_l, pad(n_{l+1})], for h Wᵀ */
-    long turned_tangent[MOST_LAYERS];  /* the same of a tangent or, before it is put in order, gradient Σ δᵀh */
+    long turned_tangent[MOST_LAYERS];  /* the same of a tangent or, before it is put in order, gradient */
     long bias[MOST_LAYERS], bias_tangent[MOST_LAYERS];
     long input[MOST_LAYERS];           /* h_l    [rows, pad(n_l)] */
     long delta[MOST_LAYERS];           /* δ_l    [up to GROUP, pad(n_{l+1})], the way back from u */
@@ -487,7 +488,7 @@ typedef struct {
     int layers, activation;
     long rows;
     const float *x;                            /* [rows, n_0] */
-    const long *order;                         /* or of more rows than that, those numbers [rows] */
+    const int64_t *order;                      /* or of more rows than that, those numbers [rows] */
     const void *raw;                           /* or before it is normalised: clip((raw − shift) · scale, ±clip) */
     int wide;                                  /* raw is of doubles */
     const double *shift, *scale;
@@ -605,8 +606,8 @@ static inline int upright(const Plan *p, int l)
     return p->n[l] * pad(p->n[l + 1]) < p->n[l + 1] * pad(p->n[l]);
 }
 
-/* Some rows of the gradient of one layer's weights, and with the first of them its biases': block by block of the rows
- * at hand, for which it makes no difference to a number how many parts there are. */
+/* Some rows of the gradient of one layer's weights, or of its transpose, and with the first of them its biases': block by
+ * block of the rows at hand, for which it makes no difference to a number how many parts there are. */
 static void gradient_part(const void *task, long part, int rank)
 {
     const Task *t = task;
@@ -627,7 +628,7 @@ static void gradient_part(const void *task, long part, int rank)
     }
 }
 
-/* Jᵀu, summed over rows, of u [rows, n_L]: dW = Σ δᵀh, db = Σ δ, δ ← (δ W) σ′. */
+/* Jᵀu, summed over rows, of u [rows, n_L]: dW = Σ δᵀh or (Σ hᵀδ)ᵀ, db = Σ δ, δ ← (δ W) σ′. */
 void mlp_vjp(const long *widths, int layers, int activation, const float *u, long rows, float *out, float *work,
              int threads)
 {
@@ -720,7 +721,7 @@ void adam_step(long count, float *restrict theta, const float *restrict gradient
  * names, one minibatch after the other. `work`: a workspace for the largest minibatch, then room for its outputs and for
  * one gradient. */
 void mlp_adam(const long *widths, int layers, int activation, float *theta, float *mean, float *square, const float *x,
-              const float *y, const long *order, int minibatches, const long *rows, const float *epsilon,
+              const float *y, const int64_t *order, int minibatches, const long *rows, const float *epsilon,
               const float *rate, float beta1, float beta2, float *work)
 {
     const float *parameters[2 * MOST_LAYERS];
@@ -734,7 +735,7 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
     for (int i = 0; i < minibatches; i++)
         if (rows[i] > most) most = rows[i];
     float *error = work + plan(widths, layers, most).total, *gradient = error + pad(most * widths[layers]);
-    for (int i = 0; i < minibatches; i++, order += rows[i - 1]) {
+    for (int i = 0; i < minibatches; i++) {
         const long outputs = widths[layers];
         const float scale = 2.0f / (float)rows[i];
         const Plan p = plan(widths, layers, rows[i]);
@@ -747,6 +748,7 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
                 error[j * outputs + k] = (error[j * outputs + k] - y[order[j] * outputs + k]) * scale;
         mlp_vjp(widths, layers, activation, error, rows[i], gradient, work, 1);
         adam_step(size, theta, gradient, mean, square, beta1, beta2, epsilon[i], rate[i]);
+        order += rows[i];
     }
 }
 
@@ -869,11 +871,11 @@ INLINE void metric_of(const Components *c, long from, int lanes, float *work)
     logits(from, lanes, c->n, c->eta, work);
     for (long i = 0; i < c->n; i++) {
         for (int k = 0; k < lanes; k++) here[k] = c->p[i * c->count + from + k];
-        mean += load(here) * load(work + i * LANES);
+        mean = fused(load(here), load(work + i * LANES), mean);
     }
     for (long i = c->n - 1; i > 0; i--) {
         for (int k = 0; k < lanes; k++) here[k] = c->p[i * c->count + from + k];
-        above += load(here) * (load(work + i * LANES) - mean);
+        above = fused(load(here), load(work + i * LANES) - mean, above);
         tilt += above;
         store(here, above);
         for (int k = 0; k < lanes; k++) c->out[(from + k) * c->n + i] = here[k];
