@@ -600,8 +600,8 @@ static void back_part(const void *task, long part, int rank)
     }
 }
 
-/* Whether Σ hᵀδ = (Σ δᵀh)ᵀ has less of its product in the padding: so of few inputs. */
-static inline int upright(const Plan *p, int l)
+/* Whether the gradient of a layer is summed as Σ hᵀδ = (Σ δᵀh)ᵀ, of which less lies in the padding: so of few inputs. */
+static inline int gradient_turned(const Plan *p, int l)
 {
     return p->n[l] * pad(p->n[l + 1]) < p->n[l + 1] * pad(p->n[l]);
 }
@@ -614,7 +614,7 @@ static void gradient_part(const void *task, long part, int rank)
     const Plan *p = t->p;
     const int l = t->layers - 1 - (int)(part / t->strips);
     const long strip = part % t->strips, in = pad(p->n[l]), width = pad(p->n[l + 1]);
-    const int turned = upright(p, l);
+    const int turned = gradient_turned(p, l);
     const long high = turned ? p->n[l] : p->n[l + 1], wide = turned ? width : in;
     const long from = strip * high / t->strips, to = (strip + 1) * high / t->strips;
     float *weight = t->work + p->turned_tangent[l] + from * wide;
@@ -635,7 +635,7 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
     const Plan p = plan(widths, layers, rows);
     Task task = {&p, layers, activation, rows, .u = u, .work = work, .strips = threads};
     for (int l = 0; l < layers; l++) {
-        const long size = upright(&p, l) ? p.n[l] * pad(p.n[l + 1]) : p.n[l + 1] * pad(p.n[l]);
+        const long size = gradient_turned(&p, l) ? p.n[l] * pad(p.n[l + 1]) : p.n[l + 1] * pad(p.n[l]);
         memset(work + p.turned_tangent[l], 0, sizeof(float) * (size_t)size);
         memset(work + p.bias_tangent[l], 0, sizeof(float) * (size_t)pad(p.n[l + 1]));
     }
@@ -646,7 +646,7 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
     }
     for (int l = 0; l < layers; l++) {
         const float *weight = work + p.turned_tangent[l];
-        if (upright(&p, l))
+        if (gradient_turned(&p, l))
             for (long i = 0; i < p.n[l + 1]; i++)
                 for (long j = 0; j < p.n[l]; j++) out[i * p.n[l] + j] = weight[j * pad(p.n[l + 1]) + i];
         else narrow(weight, p.n[l + 1], p.n[l], out);
