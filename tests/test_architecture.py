@@ -16,8 +16,8 @@ SCRIPTS = PACKAGE.parent / "scripts"
 LAYERS = (
     {
         "advantages",
-        "batch",
         "autograd_linearization",
+        "batch",
         "body",
         "carried_sums",
         "checkpoint",

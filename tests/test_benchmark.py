@@ -156,24 +156,21 @@ def test_side_by_side_at_the_same_steps_and_after_the_same_time(tmp_path: Path) 
     (tmp_path / "speed.json").unlink()
     with pytest.raises(UserError, match=r"no rates of training.*speed --parts recipes"):
         compare()
+
+    def measure(ours: float) -> None:
+        rows = {OUR_ROW: [ours] * 3, "trpo, gymnasium": [90.0] * 3, "them, zoo": [20, 25, 25]}
+        rounds = {row: [{"steps_per_s": rate} for rate in rates] for row, rates in rows.items()}
+        (tmp_path / "speed.json").write_text(json.dumps({"tables": {"recipe Tiny-v0": rounds}}))
+
+    measure(400.0)  # 400 steps take 1 s, in which they come to 25
+    assert "| 2.0 ± 1.0, its first evaluation, later |" in compare()
     # 400 steps at 40 a second are 10 s, in which they come to 250: the evaluation at 200 is their last by then.
-    rows = {
-        OUR_ROW: [40.0, 40.0, 40.0],
-        "trpo, gymnasium": [90.0] * 3,
-        "them, zoo": [20, 25, 25],
-    }
-    rounds = {row: [{"steps_per_s": rate} for rate in rates] for row, rates in rows.items()}
-    (tmp_path / "speed.json").write_text(json.dumps({"tables": {"recipe Tiny-v0": rounds}}))
+    measure(40.0)
     row = compare().splitlines()[-1]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         *("Tiny-v0", "60.0 ± 0.0", "3", "10 s"),
         *("40.0 ± 10.0", "2", "16 s", "3.0 ± 1.0", "1.6"),
     ]
-    rounds[OUR_ROW] = [{"steps_per_s": 400}] * 3  # 400 steps in 1 s, in which they come to 25
-    (tmp_path / "speed.json").write_text(json.dumps({"tables": {"recipe Tiny-v0": rounds}}))
-    assert "| 2.0 ± 1.0, its first evaluation, later |" in compare()
-    rounds[OUR_ROW] = [{"steps_per_s": 40}] * 3
-    (tmp_path / "speed.json").write_text(json.dumps({"tables": {"recipe Tiny-v0": rounds}}))
     for agent in ("ours", "theirs"):  # a task whose speed was not measured
         shutil.copytree(tmp_path / agent / "tiny", tmp_path / agent / "unmeasured")
         for file in (tmp_path / agent / "unmeasured").iterdir():

@@ -451,13 +451,12 @@ class NativeOrdinal:
 
 def carried_sums(x: Tensor, carry: Tensor, *, reverse: bool) -> bool:
     """`trpo.carried_sums` of x [T, …] in place, if the compiled functions can."""
-    fits = _wanted() and carry.shape == (len(x) - 1, *x.shape[1:]) and x.is_contiguous() and carry.is_contiguous()
-    for dtype, name in ((torch.float32, "carried_sums_float"), (torch.float64, "carried_sums_double")):
-        if fits and _plain(x, dtype) and _plain(carry, dtype):
-            count = x[0].numel()
-            getattr(_LIBRARY, name)(len(x), count, x.data_ptr(), carry.data_ptr(), reverse)
-            return True
-    return False
+    name = {torch.float32: "carried_sums_float", torch.float64: "carried_sums_double"}.get(x.dtype)
+    fits = carry.shape == (len(x) - 1, *x.shape[1:]) and x.is_contiguous() and carry.is_contiguous()
+    if name is None or not (_wanted() and fits and _plain(x, x.dtype) and _plain(carry, x.dtype)):
+        return False
+    getattr(_LIBRARY, name)(len(x), x[0].numel(), x.data_ptr(), carry.data_ptr(), reverse)
+    return True
 
 
 def takes_vectors(*vectors: Tensor) -> bool:

@@ -531,15 +531,22 @@ static void forward_part(const void *task, long part, int rank)
     narrow(z, count, p->n[t->layers], t->out + row * p->n[t->layers]);
 }
 
+/* `mlp_forward` of x, or of those of its rows that `order` [rows] names. */
+static void forward(const long *widths, int layers, int activation, const float *const *parameters, const float *x,
+                    const int64_t *order, long rows, int keep, float *out, float *work, int threads)
+{
+    const Plan p = plan(widths, layers, keep ? rows : passing(rows));
+    const Task task = {&p, layers, activation, rows, .x = x, .order = order, .out = out, .work = work, .keep = keep};
+    take_parameters(&p, layers, parameters, keep, work);
+    share(threads, forward_part, &task, blocks(rows));
+}
+
 /* f(θ) [rows, n_L] of x [rows, n_0]. With `keep`, what the products below need stays in the workspace of `rows` rows;
  * without, one of `mlp_passing` rows is enough. */
 void mlp_forward(const long *widths, int layers, int activation, const float *const *parameters, const float *x,
                  long rows, int keep, float *out, float *work, int threads)
 {
-    const Plan p = plan(widths, layers, keep ? rows : passing(rows));
-    const Task task = {&p, layers, activation, rows, .x = x, .out = out, .work = work, .keep = keep};
-    take_parameters(&p, layers, parameters, keep, work);
-    share(threads, forward_part, &task, blocks(rows));
+    forward(widths, layers, activation, parameters, x, NULL, rows, keep, out, work, threads);
 }
 
 /* A network that stays as it is for a while: its parameters into a workspace for any number of passing rows, for
@@ -635,8 +642,7 @@ void mlp_vjp(const long *widths, int layers, int activation, const float *u, lon
     const Plan p = plan(widths, layers, rows);
     Task task = {&p, layers, activation, rows, .u = u, .work = work, .strips = threads};
     for (int l = 0; l < layers; l++) {
-        const long size = gradient_turned(&p, l) ? p.n[l] * pad(p.n[l + 1]) : p.n[l + 1] * pad(p.n[l]);
-        memset(work + p.turned_tangent[l], 0, sizeof(float) * (size_t)size);
+        memset(work + p.turned_tangent[l], 0, sizeof(float) * (size_t)(pad(p.n[l]) * pad(p.n[l + 1])));
         memset(work + p.bias_tangent[l], 0, sizeof(float) * (size_t)pad(p.n[l + 1]));
     }
     for (; task.row < rows; task.row = task.stop) {
@@ -725,6 +731,7 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
               const float *rate, float beta1, float beta2, float *work)
 {
     const float *parameters[2 * MOST_LAYERS];
+    const long outputs = widths[layers];
     long size = 0, most = 0;
     for (int l = 0; l < layers; l++) {
         parameters[2 * l] = theta + size;
@@ -734,15 +741,10 @@ void mlp_adam(const long *widths, int layers, int activation, float *theta, floa
     }
     for (int i = 0; i < minibatches; i++)
         if (rows[i] > most) most = rows[i];
-    float *error = work + plan(widths, layers, most).total, *gradient = error + pad(most * widths[layers]);
+    float *error = work + plan(widths, layers, most).total, *gradient = error + pad(most * outputs);
     for (int i = 0; i < minibatches; i++) {
-        const long outputs = widths[layers];
         const float scale = 2.0f / (float)rows[i];
-        const Plan p = plan(widths, layers, rows[i]);
-        const Task task = {&p, layers, activation, rows[i], .x = x, .order = order, .out = error, .work = work,
-                           .keep = 1};
-        take_parameters(&p, layers, parameters, 1, work);
-        share(1, forward_part, &task, blocks(rows[i]));
+        forward(widths, layers, activation, parameters, x, order, rows[i], 1, error, work, 1);
         for (long j = 0; j < rows[i]; j++)
             for (long k = 0; k < outputs; k++)
                 error[j * outputs + k] = (error[j * outputs + k] - y[order[j] * outputs + k]) * scale;
