@@ -52,7 +52,7 @@ LAYERS = (
         "timers",
         "whole_file",
     },
-    {"envs", "plotting", "policy", "run_directory", "value", "video"},
+    {"curves", "envs", "plotting", "policy", "run_directory", "value", "video"},
     {"agent", "collector", "diagnostics", "evaluation", "remarks", "saved_policy"},
     {"export", "trainer"},
     {"benchmark"},

@@ -286,6 +286,17 @@ def test_full_disk_in_tensorboard_costs_tensorboard_only(
     assert capsys.readouterr().out == ""
 
 
+def test_a_table_of_recorded_numbers_that_cannot_be_begun_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with quiet(tmp_path) as writer, caplog.at_level(logging.WARNING):
+        (tmp_path / ".recorded.csv.new").mkdir()  # where it would be written first
+        for step in (1, 2):
+            writer.write_recorded({"mine/a": float(step)}, env_steps=step)
+    assert read_scalars(tmp_path, "mine/a") == [(1, 1.0), (2, 2.0)]
+    assert [record.message.startswith("warning: recorded.csv can no longer be") for record in caplog.records] == [True]
+
+
 def test_a_console_whose_reader_has_gone_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

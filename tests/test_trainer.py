@@ -23,9 +23,11 @@ from trpo.checkpoint import checkpoint_paths
 from trpo.colored_noise import ColoredNoise
 from trpo.config import Config, EnvConfig, EvaluationConfig
 from trpo.config_file import load_config
+from trpo.curves import read_curve
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import evaluate
+from trpo.metrics import RECORDED_FILE
 from trpo.natural_gradient import Outcome
 from trpo.random_streams import stream_seed
 from trpo.saved_policy import load_policy
@@ -357,17 +359,35 @@ def test_a_gaussian_whose_std_does_not_fit_the_bounds_is_remarked_upon(tmp_path:
         assert "beside the bounds" not in (ordinal.run.path / "log.txt").read_text()
 
 
-def test_numbers_of_ones_own_are_in_tensorboard(tmp_path: Path) -> None:
+def test_numbers_of_ones_own_are_in_tensorboard_and_in_a_table(tmp_path: Path) -> None:
     def record(trainer: Trainer, report: UpdateReport) -> None:
         trainer.record({"mine/kl_squared": report.step.kl**2})
 
-    run = Trainer(trainer_config(2), root=tmp_path, console=False, on_update=record).train().directory
+    trainer = Trainer(trainer_config(2), root=tmp_path, console=False, on_update=record)
+    run = trainer.train().directory
     events = EventAccumulator(str(run))
     events.Reload()
     squares = {event.step: event.value for event in events.Scalars("mine/kl_squared")}
     kls = {event.step: event.value for event in events.Scalars("trust_region/kl")}
     assert squares.keys() == kls.keys() == {64, 128}
     assert [*squares.values()] == pytest.approx([kl**2 for kl in kls.values()], rel=1e-6)  # stored as float32
+    curve = read_curve(run, "mine/kl_squared")
+    assert curve.env_steps.tolist() == [64, 128]
+    assert curve.values.tolist() == [kl**2 for kl in read_curve(run, "trust_region/kl").values.tolist()]
+    with pytest.raises(RuntimeError, match="closed: record from on_update"):
+        trainer.record({"mine/late": 1.0})
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_recorded_numbers_beyond_the_checkpoint_are_dropped_by_who_goes_on(tmp_path: Path, again: bool) -> None:
+    def record(trainer: Trainer, report: UpdateReport) -> None:
+        trainer.record({"mine/updates": trainer.updates})
+
+    run = Trainer(trainer_config(4), root=tmp_path, console=False, on_update=record).train(max_updates=2).directory
+    with (run / RECORDED_FILE).open("a") as table:
+        table.write("192,3\n")  # of an update that no checkpoint knows
+    Trainer(trainer_config(4), resume=run, console=False, on_update=record if again else None).train()
+    assert read_curve(run, "mine/updates").values.tolist() == ([1, 2, 3, 4] if again else [1, 2])
 
 
 def test_a_slow_run_is_saved_every_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,9 +272,17 @@ class Trainer:
                 return self._finish(received[0] if received else None)
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Numbers of your own for TensorBoard, at the present step: from `on_update`, say. Of the leading process."""
+        """Numbers of your own for TensorBoard and `recorded.csv`, at the present step, from `on_update`.
+
+        Those of the leading process count.
+
+        Raises:
+            RuntimeError: the run has ended, and with it what they would be written to.
+        """
+        if self._closed:
+            raise RuntimeError("this trainer is closed: record from on_update")
         if self.writer is not None:
-            self.writer.write_scalars(metrics, env_steps=self.env_steps)
+            self.writer.write_recorded(metrics, env_steps=self.env_steps)
 
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[None]:

@@ -28,11 +28,12 @@ from trpo.benchmark import peer_learning
 from trpo.benchmark.published import PUBLISHED
 from trpo.config import Config
 from trpo.config_file import dump_config, load_config
+from trpo.curves import Curve
 from trpo.errors import UserError
 from trpo.evaluation import evaluate
 from trpo.metric_files import read_table
 from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
-from trpo.plotting import Curve, draw
+from trpo.plotting import draw
 from trpo.run_directory import RunDirectory, find_run
 from trpo.saved_policy import load_policy
 from trpo.seed_statistics import bootstrap_interval, interquartile_mean
