@@ -130,7 +130,9 @@ def torch_components(distribution: Distribution, eta: Tensor) -> list[td.Distrib
         return [td.Categorical(logits=step.cumsum(-1)) for step in steps]
     if isinstance(distribution, Categorical):
         return [td.Categorical(logits=part) for part in eta.split(distribution.sizes, -1)]
-    return [td.Bernoulli(logits=eta[..., i]) for i in range(distribution.action_dim)]
+    if isinstance(distribution, Bernoulli):
+        return [td.Bernoulli(logits=eta[..., i]) for i in range(distribution.action_dim)]
+    raise TypeError(f"tests know no distribution of torch's for {type(distribution).__name__}: give it one here")
 
 
 def torch_log_prob(distribution: Distribution, eta: Tensor, action: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from commands import command, config_for, one_line, run_process, run_script
 
+from trpo import run_directory
+from trpo.agent import Agent
 from trpo.checkpoint import load_state, newest_checkpoint
 from trpo.config import Config
 from trpo.config_file import load_config
@@ -234,6 +236,39 @@ def test_a_run_that_goes_on_on_another_device_says_so(record, said, tmp_path):
     resume(run)
     note = "note: this run began on cuda and goes on on cpu, which rounds otherwise"
     assert (note in (run / "log.txt").read_text()) is said
+
+
+@pytest.mark.parametrize(
+    ("git", "said"),
+    [
+        ({"revision": "0123456789abcdef", "dirty": False}, "0123456789 and"),
+        ({"revision": "fedcba98765", "dirty": True}, "fedcba9876 with changes and"),
+        (None, None),
+        ("the same", None),
+    ],
+)
+def test_a_run_that_goes_on_with_other_code_says_so(git, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "_git_state", lambda package: {"revision": "fedcba9876543210", "dirty": False})
+    run = train(config(), tmp_path, max_updates=1).directory
+    if git != "the same":
+        meta = json.loads((run / "meta.json").read_text())
+        (run / "meta.json").write_text(json.dumps(meta | {"git": git}))
+    resume(run)
+    notes = [line for line in (run / "log.txt").read_text().splitlines() if "the code of commit" in line]
+    assert len(notes) == (said is not None)
+    assert not said or f"began with the code of commit {said} goes on with fedcba9876" in notes[0]
+
+
+def test_a_checkpoint_without_a_part_of_the_state_names_it(tmp_path):
+    """As one of a run from before that part was added."""
+    run = train(config(), tmp_path, max_updates=1).directory
+
+    class WithMore(Agent):
+        def load_state_dict(self, state):
+            self.more = state["more"]
+
+    with pytest.raises(CheckpointError, match=r"does not fit this config \(it has no 'more'; total_steps: "):
+        Trainer(config(total_steps=96 * 9), resume=run, console=False, make_agent=WithMore)
 
 
 def test_a_run_keeps_its_batch_size(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import torch
 from commands import config_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_env_workers import GONE_S, wait_until_gone
+from torch import Tensor
 
 from trpo import native
-from trpo.agent import UpdateReport
+from trpo.agent import Agent, UpdateReport
+from trpo.batch import Batch, Rollout
 from trpo.checkpoint import checkpoint_paths
 from trpo.colored_noise import ColoredNoise
 from trpo.config import Config, EnvConfig, EvaluationConfig
@@ -357,6 +361,57 @@ def test_a_gaussian_whose_std_does_not_fit_the_bounds_is_remarked_upon(tmp_path:
         assert said in (small.run.path / "log.txt").read_text()
     with closing(trainer(tmp_path)) as ordinal:
         assert "beside the bounds" not in (ordinal.run.path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("make", "info", "message"),
+    [
+        (
+            lambda env: env,
+            (),
+            "env is a SyncVectorEnv without device, exact_resume, .*into trpo.envs.vector.VectorEnvAd",
+        ),
+        (
+            lambda env: VectorEnvAdapter(env, info=["a", "b"]),
+            ("b", "a"),
+            r"env.info is \['b', 'a'\], and .*\['a', 'b'\]",
+        ),
+        (lambda env: VectorEnvAdapter(env), ("a",), r"env.info is \['a'\], and the environments .* report \[\]"),
+    ],
+)
+def test_an_environment_made_by_hand_that_does_not_fit_is_one_clear_error(
+    tmp_path: Path, make: Callable[[Any], Any], info: tuple[str, ...], message: str
+) -> None:
+    env = {"id": "Pendulum-v1", "num_envs": 2, "info": info}
+    config = config_for("Pendulum-v1", env=env, total_steps=64, batch_size=64)
+    with pytest.raises(UserError, match=message):
+        Trainer(config, root=tmp_path, console=False, env=make(gymnasium.make_vec("Pendulum-v1", num_envs=2)))
+
+
+def test_a_learner_of_ones_own_learns_from_the_batch_that_is_reported(tmp_path: Path) -> None:
+    class Backwards(Agent):
+        def estimate(self, samples: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:
+            batch, target, value = super().estimate(samples, progress=progress)
+            return replace(batch, advantage=-batch.advantage), target, value
+
+    batches: dict[type[Agent], list[Batch]] = {Agent: [], Backwards: []}
+    thetas = {}
+    for kind, seen in batches.items():
+        trainer = Trainer(
+            trainer_config(1),
+            root=tmp_path,
+            console=False,
+            make_agent=kind,
+            on_update=lambda trainer, report, seen=seen: seen.append(report.batch),
+        )
+        start = trainer.agent.policy.theta.vector.clone()
+        trainer.train()
+        thetas[kind] = trainer.agent.policy.theta.vector - start
+    (ours,), (theirs,) = batches.values()
+    assert torch.equal(ours.obs, theirs.obs) and torch.equal(ours.advantage, -theirs.advantage)
+    # The first step has no memory: it goes the opposite way, but for rounding and where a line search ends.
+    cosine = torch.nn.functional.cosine_similarity(*thetas.values(), dim=0)
+    assert float(cosine) == pytest.approx(-1, abs=1e-4)
 
 
 def test_numbers_of_ones_own_are_in_tensorboard_and_in_a_table(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from trpo.value import AdamFit, AverageValue, FitReport, GaussNewtonFit, ValueFi
 class UpdateReport:
     """What one update did."""
 
+    batch: Batch  # what the policy's step was computed from
     step: StepReport
     fit: FitReport
     transitions: int  # environment steps the update learned from, all processes together
@@ -173,6 +174,7 @@ class Agent:
             value_after = self.value(batch.obs)
             entropy, moved, transitions = summed.tolist()
             return UpdateReport(
+                batch,
                 step,
                 fit,
                 transitions=int(transitions),
@@ -250,7 +252,10 @@ class Agent:
         return joined
 
     def prepare(self, rollout: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:
-        """`estimate` of a rollout that still has to be scaled, with V̄ as it is."""
+        """`estimate` of a rollout that still has to be scaled, with V̄ as it is: what an update begins with.
+
+        As there the statistics of rewards move on. Of the update that was just made, its report has the batch.
+        """
         return self.estimate(self.scale(rollout), progress=progress)
 
     @torch.no_grad()

@@ -73,6 +73,8 @@ def imported(name: str, *, key: str, kind: type[UserError]) -> Any:
 
 
 def gist(error: Exception) -> str:
-    """The first line that says something: torch's own begins with a heading."""
+    """The first line that says something: torch's own begins with a heading, and a key's name alone says nothing."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line[:200] for line in lines if line and not line.endswith(":")), type(error).__name__)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trpo.distributions import Ordinal
+from trpo.distributions import DiagonalGaussian
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import UserError, gist
 from trpo.saved_policy import SavedPolicy
@@ -188,9 +188,9 @@ def _wrong_rows(saved: SavedPolicy, obs: np.ndarray, action: np.ndarray, expecte
     outside = torch.tensor([not saved.action_space.contains(row) for row in action])
     given, wanted = (torch.from_numpy(x.reshape(len(obs), -1).astype(np.float64)) for x in (action, expected))
     if encoding.low is not None and encoding.high is not None:
-        # An ordinal policy's η are logits, while its actions are as large as their bounds are wide.
+        # A Gaussian's η are actions; of others that have bounds, actions are as large as these are wide, whatever η is.
         width = torch.from_numpy(encoding.high.astype(float) - encoding.low.astype(float))
-        allowed = tolerance.unsqueeze(-1) * (width if isinstance(distribution, Ordinal) else 1.0)
+        allowed = tolerance.unsqueeze(-1) * (1.0 if isinstance(distribution, DiagonalGaussian) else width)
         # Rounding to an integer Box may go either way near one half: the distance to what is rounded counts there.
         if encoding.dtype.kind != "f":
             wanted = torch.from_numpy(np.clip(distribution.mode(eta).numpy(), encoding.low, encoding.high))

@@ -58,6 +58,13 @@ class RunDirectory:
         return None
 
     @property
+    def began_with(self) -> str | None:
+        """`code_in_use` when the run began; None where its record says nothing of it."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return _code(json.loads(self.meta_file.read_bytes())["git"])
+        return None
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -257,6 +264,15 @@ def _meta(config: Config, started: datetime) -> dict[str, Any]:
         "platform": platform.platform(),
         "git": _git_state(Path(__file__).resolve().parent),
     }
+
+
+def code_in_use() -> str | None:
+    """The commit whose code this is; None where git does not know it."""
+    return _code(_git_state(Path(__file__).resolve().parent))
+
+
+def _code(state: dict[str, Any] | None) -> str | None:
+    return None if state is None else state["revision"][:10] + (" with changes" if state["dirty"] else "")
 
 
 def _version(package: str) -> str | None:

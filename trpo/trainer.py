@@ -29,7 +29,7 @@ from trpo.device import exact_convolutions, training_device
 from trpo.diagnostics import RecentEpisodes, update_metrics
 from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
-from trpo.envs.contract import NEW_EPISODES, BatchEnv
+from trpo.envs.contract import NEW_EPISODES, BatchEnv, check_batch_env
 from trpo.envs.shard import restart_seed
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist
 from trpo.evaluation import Evaluation, check_environment, evaluate
@@ -38,7 +38,7 @@ from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
 from trpo.natural_gradient import StepReport
 from trpo.random_streams import stream_seed, torch_generator
 from trpo.remarks import remarks
-from trpo.run_directory import RunDirectory, RunLock
+from trpo.run_directory import RunDirectory, RunLock, code_in_use
 from trpo.saved_policy import load_policy, load_starting_policy, save_policy
 from trpo.schedule import options_at
 from trpo.signals import caught_signals
@@ -82,6 +82,8 @@ class Trainer:
         console: show progress.
         env: environments made by hand, as many as this process's share, in place of those `config.env` describes;
             the evaluations are still of `config.env`.
+        make_agent: called with what `Agent` takes, for a learner of your own, such as a subclass. Whoever goes on with
+            its checkpoints has to give it again.
         on_update: called in every process after each update, with this trainer and the update's report. Metrics are
             written by then, and so is an evaluation that was due, but for the last one of the run; a checkpoint that is
             due follows. True, from any process, stops the run as a signal would. What it raises ends the run, with a
@@ -104,9 +106,11 @@ class Trainer:
         start_from: str | Path | None = None,
         console: bool = True,
         env: BatchEnv | None = None,
+        make_agent: Callable[..., Agent] = Agent,
         on_update: Callable[[Trainer, UpdateReport], bool | None] | None = None,
     ):
         self.config = config
+        self._make_agent = make_agent
         self.on_update = on_update
         self.device = training_device(config)
         self.env_steps = 0
@@ -150,6 +154,8 @@ class Trainer:
             try_recording(config.env.for_evaluation)
         self._seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
         self._by_hand = self.env is not None
+        if self.env is not None:
+            check_batch_env(self.env, config.env.info)
         if self.env is None:
             self.env = make_envs(config.env, self._seeds, device=self.device, on_warning=self._warn)
         env = self.env
@@ -159,7 +165,7 @@ class Trainer:
             raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(self._seeds)} here")
         self.action_space = env.single_action_space
         self.observation_space = getattr(env, "unflattened_observation_space", None)  # not of all that is made by hand
-        self.agent = Agent(
+        self.agent = self._make_agent(
             config,
             env.single_observation_space,
             env.single_action_space,
@@ -225,6 +231,8 @@ class Trainer:
         here = self.device.type
         if resume and (began_on := self.run.began_on or here) != here:
             self._say(f"note: this run began on {began_on} and goes on on {here}, which rounds otherwise")
+        if resume and (began_with := self.run.began_with) and (code := code_in_use()) and began_with != code:
+            self._say(f"note: this run began with the code of commit {began_with} and goes on with {code}")
         if self.options:
             self._say(f"note: resets are given {self.options} over env.options, as on_update had set")
         if self._origin is not None:
@@ -577,7 +585,7 @@ class Trainer:
             self._saved_at_step = self.env_steps
             return changed
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            why = "; ".join([*changed, gist(error)])
+            why = "; ".join([gist(error), *changed])
             raise CheckpointError(f"{path}: does not fit this config ({why})") from error
 
     def _begin_anew(self, why: str) -> None:

@@ -50,6 +50,8 @@ class BatchEnv(Protocol):
     Where resets can be told what to begin with there is also `set_options(options)`: what every environment's `reset`
     is given from now on. `state_dict` has those of the running episodes.
 
+    Environments that fill `Step.info` may say what its columns are, in `info_names`.
+
     Where many steps can be one operation of a device there is also `in_one(run, steps)`: a function that does what
     `run` does, which steps so many times.
     """
@@ -76,6 +78,18 @@ class BatchEnv(Protocol):
 
     def close(self) -> None:
         """Frees everything; may be called twice."""
+
+
+def check_batch_env(env: object, info: Sequence[str]) -> None:
+    """Raises `EnvError` unless an environment made by hand is a `BatchEnv` that reports `env.info`."""
+    members = {*BatchEnv.__annotations__, *vars(BatchEnv)} - {"unflattened_observation_space"}
+    if missing := sorted(name for name in members if not name.startswith("_") and not hasattr(env, name)):
+        raise EnvError(
+            f"env is a {type(env).__name__} without {', '.join(missing)}, no BatchEnv: put what gymnasium.make_vec "
+            "makes into trpo.envs.vector.VectorEnvAdapter"
+        )
+    if (names := getattr(env, "info_names", None)) is not None and tuple(names) != tuple(info):
+        raise EnvError(f"env.info is {[*info]}, and the environments given report {[*names]}: make them agree")
 
 
 def native_actions(encoding: ActionEncoding, action: Tensor, num_envs: int) -> Array:

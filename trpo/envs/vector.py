@@ -47,7 +47,7 @@ class VectorEnvAdapter:
         name = type(vector_env.unwrapped).__name__
         self._env = vector_env
         self._seed = seed
-        self._info = tuple(info)
+        self.info_names = tuple(info)
         self._mode = _autoreset_mode(vector_env, name)
         self._raw_space = vector_env.single_observation_space
         check_observation_space(self._raw_space, name)
@@ -58,7 +58,7 @@ class VectorEnvAdapter:
         self.single_action_space = vector_env.single_action_space
         self.unflattened_observation_space = self._raw_space
         spaces = EnvSpaces(
-            self.single_observation_space, self._raw_space, self._raw_space, self.single_action_space, len(self._info)
+            self.single_observation_space, self._raw_space, self._raw_space, self.single_action_space, len(info)
         )
         self._buffers = StepBuffers.allocate(spaces, self.num_envs)
         self._step = Step.over(self._buffers)
@@ -133,9 +133,9 @@ class VectorEnvAdapter:
             buffers.reset_obs[done] = self._rows(first_obs)[done]
         for i in np.flatnonzero(done).tolist():
             try:
-                info = _part(last_infos, (*SUCCESS_KEYS, *self._info), i)
+                info = _part(last_infos, (*SUCCESS_KEYS, *self.info_names), i)
                 buffers.success[i] = success_of(info)
-                buffers.info[i] = numbers_of(info, self._info)
+                buffers.info[i] = numbers_of(info, self.info_names)
             except ReturnError as error:
                 raise failure(f"environment {i}", error) from error
 
