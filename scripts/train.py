@@ -23,7 +23,7 @@ def main() -> int:
     args = _parse()
     config, resume = _settings(args)
     start_from = args.start_from
-    if start_from and resume and args.resume == "auto":
+    if start_from is not None and resume is not None and args.resume == "auto":
         start_from = None
         if _leads():
             print(f"resumes {resume}; --from is ignored, since that run has a policy")
@@ -33,7 +33,8 @@ def main() -> int:
         print(f"last policy, deterministic: {result.evaluation}")
         trust = " --trust-code" if config.policy.body or named_code(config.env) else ""
         script = os.path.relpath(Path(__file__).with_name("evaluate.py"))
-        print(f"saved in {result.directory}; evaluate it with: {_python()} {script} {result.directory}{trust}")
+        run = RunDirectory(result.directory)
+        print(f"saved in {run}; evaluate it with: {_python()} {script} {run}{trust}")
     return result.exit_status
 
 
@@ -84,11 +85,11 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
     # Quoted: a name like 3 is text, not a number.
     overrides += [f"{key}={json.dumps(value)}" for key, value in text.items() if value is not None]
     given: Config | None = None
-    if args.config:
+    if args.config is not None:
         given = load_config(args.config, overrides)
-    elif args.env and args.resume in (None, "auto"):
+    elif args.env is not None and args.resume in (None, "auto"):
         given = parse_config("{}", source="defaults", overrides=overrides)
-    if args.resume and args.resume != "auto":
+    if args.resume not in (None, "auto"):
         run: Path | None = Path(args.resume)
     elif given is None:
         raise UserError("say what to train: --config FILE, for example configs/pendulum.yaml, or --env ID")

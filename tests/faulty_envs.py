@@ -288,6 +288,20 @@ class Told(gymnasium.Env[Any, Any]):
         return np.array([self.x, self.steps]), self.x * self.times, False, self.steps == 5, info
 
 
+class Careless(Counting):
+    """Changes the working directory when it is made, or raises when it is closed."""
+
+    def __init__(self, folder: str | None = None, raises: bool = False) -> None:
+        super().__init__()
+        self.raises = raises
+        if folder is not None:
+            os.chdir(folder)
+
+    def close(self) -> None:
+        if self.raises:
+            raise RuntimeError("no handle to free")
+
+
 for _class in (
     Counting,
     Faulty,
@@ -301,5 +315,6 @@ for _class in (
     OldGenerator,
     Spaceless,
     Told,
+    Careless,
 ):
     gymnasium.register(f"{_class.__name__}-v0", entry_point=_class)

@@ -103,7 +103,7 @@ def test_a_run_of_other_settings_does_not_count_as_finished(tmp_path: Path) -> N
         for overrides in ([], ["threads=1"], ["threads=2"], ["gae.gamma=0.5"])
     )
     job.result.parent.mkdir(parents=True)
-    job.result.write_text(json.dumps({"fingerprint": job.fingerprint}))
+    job.result.write_text(json.dumps({"fingerprint": job.fingerprint, "returns": []}))
     assert job.finished and one_thread.finished
     assert not any(other.finished for other in others)
 
@@ -113,11 +113,11 @@ def test_results_of_other_settings_are_not_overwritten(tmp_path: Path) -> None:
     jobs = plan(["tiny"], 2, configs=tmp_path, out=tmp_path / "out", root=tmp_path / "runs")
     jobs[0].result.parent.mkdir(parents=True)
     for job in jobs:
-        job.result.write_text(json.dumps({"fingerprint": "another"}))
+        job.result.write_text(json.dumps({"fingerprint": "another", "returns": []}))
     with pytest.raises(UserError, match=r"seed-0.json and 1 more hold results of other settings; give another --out"):
         run(jobs, parallel=1, episodes=1)
     assert not (tmp_path / "runs").exists()
-    assert all(json.loads(job.result.read_text()) == {"fingerprint": "another"} for job in jobs)
+    assert all(json.loads(job.result.read_text())["fingerprint"] == "another" for job in jobs)
 
 
 def test_results_over_another_number_of_episodes_are_not_taken_for_finished(tmp_path: Path) -> None:
@@ -128,6 +128,17 @@ def test_results_over_another_number_of_episodes_are_not_taken_for_finished(tmp_
     with pytest.raises(UserError, match=r"seed-0.json holds 3 episodes; give --episodes 3"):
         run([job], parallel=1, episodes=2)
     assert run([job], parallel=1, episodes=3) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"fingerprint": "x"}'])
+def test_a_damaged_result_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (job,) = plan(["tiny"], 1, configs=tmp_path, out=tmp_path / "out", root=tmp_path / "runs")
+    job.result.parent.mkdir(parents=True)
+    job.result.write_text(content)
+    for read in (lambda: run([job], parallel=1, episodes=1), lambda: load_results(tmp_path / "out")):
+        with pytest.raises(UserError, match=r"seed-0.json is damaged, no result of this benchmark \(.*\): delete it"):
+            read()
 
 
 def test_no_results_is_said_in_words(tmp_path: Path) -> None:

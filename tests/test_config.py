@@ -186,6 +186,14 @@ TEXT_ERRORS = {
         f"2: gae.gamma: must be {DISCOUNT}, not .nan",
     ),
     "infinite": ("policy: {mean_head_scale: .inf}", "2: policy.mean_head_scale: must be a number > 0, not .inf"),
+    "more than a float32": (
+        "natural_gradient: {damping: 1e39}",
+        "2: natural_gradient.damping: 1e+39 is more than a float32 can be",
+    ),
+    "more than a float32, in a schedule": (
+        "policy: {bins: null, std: {start: 1e300, end: 1}}",
+        "2: policy.std.start: 1e+300 is more than a float32 can be",
+    ),
     "overflow": ("policy: {mean_head_scale: 1e999}", "2: policy.mean_head_scale: 1e999 is too large for a number"),
     "long number": ("seed: " + "9" * 5000, "2: seed: a number of 5000 digits is too long"),
     "not one of": (
@@ -476,7 +484,7 @@ environment = st.fixed_dictionaries(
     optional={"kwargs": free_mapping, "wrappers": st.lists(wrapper, max_size=2), "timeout_s": positive},
 )
 configs = st.fixed_dictionaries(
-    {"env": environment},
+    {"env": environment, "dtype": st.just("float64")},  # in which every float is a number
     optional={
         "seed": st.integers(min_value=0, max_value=10**300),
         "name": st.from_regex(r"[A-Za-z0-9_.-]+", fullmatch=True),

@@ -174,6 +174,13 @@ def test_runs_of_one_name_with_different_settings_are_no_seeds_of_one_another(tm
 # Reading runs
 
 
+def test_a_mapping_of_the_users_is_no_schedule_for_having_a_shape(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    body = "policy: {body: {name: 'm:f', kwargs: {shape: [1, 3]}}}\n"
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + body)
+    assert read_curve(run, RETURN).settings["policy.body.kwargs.shape"] == "[1, 3]"
+
+
 def test_find_runs_at_and_below_directories_each_once(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "runs" / "Env" / f"trpo-s{seed}", seed=seed) for seed in range(2)]
     make_run(tmp_path / "unknown").joinpath("config.yaml").unlink()  # nothing says what this is a run of
@@ -187,6 +194,8 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no such run: .*did you mean .*CartPole-v1\?"):
         find_runs([tmp_path / "Cartpole-v1"])
+    with pytest.raises(UserError, match=r"config.yaml is not a directory; give the run's directory"):
+        find_runs([tmp_path / "CartPole-v1" / "config.yaml"])
     with pytest.raises(UserError, match=r"no run in .*empty"):
         find_runs([tmp_path / "empty"])
 

@@ -217,6 +217,22 @@ def test_an_ordinal_action_is_told_from_its_neighbours(
     assert (family.log_prob(eta, action).abs() < 1e-6).all()  # of e^-50; rounding of a sum of logits below 2500
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "float32", "float64"),
+    [
+        (-1.0, 1.0, True, True),
+        (0.5, 0.5, True, True),  # one value only
+        (1e6, 1e6 + 4, True, True),
+        (2e7, 2e7 + 4, False, True),
+        (2e16, 2e16 + 4, False, False),
+    ],
+)
+def test_values_that_are_one_number_are_not_told_apart(low: float, high: float, float32: bool, float64: bool) -> None:
+    """Between 2^24 and 2^25 float32 knows every second whole number, and float64 beyond 2^54 every fourth."""
+    family = Ordinal(spaces.Box(low, high, (1,), np.float64), 11)
+    assert (family.tells_apart(torch.float32), family.tells_apart(torch.float64)) == (float32, float64)
+
+
 @pytest.mark.parametrize("name", DISCRETE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits_stay_finite(name: str, dtype: torch.dtype) -> None:
@@ -253,6 +269,13 @@ def test_a_saturated_coin_keeps_its_small_kl() -> None:
     t, s = math.exp(-30), math.exp(-21)
     kl = Bernoulli(1).kl(torch.tensor([[30.0]], dtype=F64), torch.tensor([[21.0]], dtype=F64))
     assert float(kl) == pytest.approx(t * math.log(t / s) + (s - t), rel=1e-6)  # O(s) relative, and rounding of 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bounds_that_no_difference_can_be_taken_of_are_none(dtype: type[np.floating]) -> None:
+    widest = np.finfo(dtype).max
+    assert isinstance(distribution_for(spaces.Box(-widest, widest, (2,), dtype), bins=11), DiagonalGaussian)
+    assert isinstance(distribution_for(spaces.Box(-1e38, 1e30, (2,), dtype), bins=11), Ordinal)
 
 
 def test_actions_have_the_type_their_space_needs() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,22 @@ def test_bounds_of_a_float64_space_hold_for_a_float32_network(tmp_path):
     (action,) = onnxruntime.InferenceSession(tmp_path / "policy.onnx").run(None, {"observation": obs})
     assert {0.1, 0.3} <= set(action[:, 0].tolist())
     assert all(space.contains(row) for row in action)
+
+
+def test_a_link_and_a_pipe_stay_what_they_are(tmp_path):
+    policy = saved(tmp_path)
+    target, link, pipe = (tmp_path / name for name in ("target.onnx", "link.onnx", "pipe"))
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    export_onnx(policy, link)
+    assert link.is_symlink() and onnx.load(target).graph.output[0].name == "action"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    export_onnx(policy, pipe)
+    reader.join(timeout=30)
+    assert pipe.is_fifo() and onnx.load_from_string(read[0]).graph.output[0].name == "action"
 
 
 def test_the_model_says_what_it_is_and_nothing_about_this_machine(tmp_path):

@@ -25,6 +25,7 @@ import pytest
 import torch
 from commands import PROJECT, command, one_line, run_script
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from helpers import make_mlp, seeded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_env_workers import GONE_S, gone, wait_until_gone
 from test_metrics import file_size_limit
@@ -33,7 +34,7 @@ from test_resume import assert_same_run, config, differences, last_state, resume
 import trpo.agent
 import trpo.trainer
 from trpo.checkpoint import checkpoint_paths, load_state
-from trpo.config import Config
+from trpo.config import AdamFitConfig, Config
 from trpo.config_file import dump_config, load_config
 from trpo.distributions import Ordinal
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
@@ -42,6 +43,7 @@ from trpo.random_streams import stream_seed
 from trpo.run_directory import RunDirectory
 from trpo.saved_policy import load_policy
 from trpo.trainer import Trainer
+from trpo.value import AdamFit, ValueFunction
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -810,6 +812,52 @@ def test_a_constant_reward_makes_no_nan(reward: float, length: int | None, tmp_p
         assert "left the policy unchanged: zero gradient" in (trainer.run.path / "log.txt").read_text()
     for row in table(trainer.run.path, PROGRESS_FILE):
         assert math.isfinite(float(row["train/value_loss"])) and math.isfinite(float(row["trust_region/entropy"]))
+
+
+@pytest.mark.parametrize("backend", ["gymnasium", "gymnasium-async"])
+def test_an_environment_that_raises_while_it_is_closed_costs_nothing(
+    backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    env = {"id": "faulty_envs:Careless-v0", "num_envs": 3, "backend": backend, "workers": 1, "kwargs": {"raises": True}}
+    result = Trainer(config(env=env), root=tmp_path, console=False).train()
+    assert result.evaluation is not None and load_policy(result.directory).path.name == "final"
+    told = "warning: an environment was not closed: it raised RuntimeError: no handle to free (tests/faulty_envs.py:"
+    said = [record.message for record in caplog.records if told in record.message]
+    assert len(said) > 1  # those of evaluations are of this process whatever the backend
+
+
+def test_an_environment_that_changes_the_working_directory_does_not_take_the_run_along(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    env = {"id": "faulty_envs:Careless-v0", "num_envs": 3, "kwargs": {"folder": str(elsewhere)}}
+    run = Trainer(config(env=env), root="runs", console=False).train(max_updates=2).directory
+    assert [*elsewhere.iterdir()] == [] and run.is_relative_to(home)
+    monkeypatch.chdir(home)
+    result = Trainer(config(env=env), resume=run.relative_to(home), console=False).train()
+    assert [*elsewhere.iterdir()] == [] and (home / result.directory / "final").is_dir()
+    assert str(RunDirectory(run)) == str(run)
+    monkeypatch.chdir(home)
+    assert str(RunDirectory(run)) == str(run.relative_to(home)), "as one would write it there"
+
+
+def test_networks_that_do_not_fit_into_memory_are_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not fit into memory \(.*\): make hidden_sizes, policy.bins, .* smaller"):
+        Trainer(plain_config(value={"hidden_sizes": (10**6, 10**7)}), root=tmp_path, console=False)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_moments_that_overflow_are_undone_as_a_loss_is() -> None:
+    """Of gradients beyond 2e19 the square is no float32; after one small step nothing else need show it."""
+    value = ValueFunction(make_mlp([2, 4, 1], activation="relu", dtype=torch.float32))
+    fit = AdamFit(AdamFitConfig(epochs=1), value, generator=seeded(), learning_rate=lambda progress: 1e-30)
+    before = last_copy(fit.state_dict())
+    report = fit.fit(value, torch.full((128, 2), 1e4), torch.full((128,), 1e17), progress=0.0)
+    assert report.nonfinite and report.refused == report.steps == 1 and math.isfinite(report.loss_after)
+    assert differences(before, last_copy(fit.state_dict())) == []
 
 
 @pytest.mark.parametrize("fit", ["adam", "gauss_newton"])

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trpo.console import LiveConsole, PlainConsole, Progress, open_console
 from trpo.errors import UserError
+from trpo.metric_files import read_table
 from trpo.metrics import MetricsWriter
 from trpo.timers import PhaseTimers
 
@@ -286,6 +287,19 @@ def test_full_disk_in_tensorboard_costs_tensorboard_only(
     assert capsys.readouterr().out == ""
 
 
+def test_a_quote_that_nothing_closes_damages_its_line_only(tmp_path: Path) -> None:
+    with quiet(tmp_path) as writer:
+        for step in range(4):
+            writer.write({"a, b": step, 'c "d"': 0.5}, env_steps=step)
+    path = tmp_path / "progress.csv"
+    path.write_text(path.read_text().replace("1,1,0.5", '1,"1,0.5' + "x" * 200_000))  # more than a field may have
+    columns, rows = read_table(path)
+    assert columns == ["env_steps", "a, b", 'c "d"'] and [row[0] for row in rows] == ["0", "2", "3"]
+    with MetricsWriter(tmp_path, total_steps=100, console=False, resume_step=2) as writer:
+        writer.write({"a, b": 9}, env_steps=3)
+    assert [row["a, b"] for row in read_csv(path)] == ["0", "2", "9"]
+
+
 def test_a_table_of_recorded_numbers_that_cannot_be_begun_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -295,6 +309,13 @@ def test_a_table_of_recorded_numbers_that_cannot_be_begun_is_said_once(
             writer.write_recorded({"mine/a": float(step)}, env_steps=step)
     assert read_scalars(tmp_path, "mine/a") == [(1, 1.0), (2, 2.0)]
     assert [record.message.startswith("warning: recorded.csv can no longer be") for record in caplog.records] == [True]
+
+
+def test_an_end_that_is_ages_away_is_not_dated() -> None:
+    now = iter([0.0, 1.0])
+    progress = Progress(2**63 - 1, clock=lambda: next(now))
+    progress.update({}, 1000)
+    assert progress.pace() == "1,000 steps/s  -:--:-- left"
 
 
 def test_a_console_whose_reader_has_gone_does_not_end_the_run(

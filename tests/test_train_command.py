@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import csv
+import errno
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import PROJECT, Outcome, one_line, run_process, run_script
+from commands import PROJECT, Outcome, command, one_line, run_process, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trpo.command_line import run_command
@@ -238,6 +240,34 @@ def test_commands_import_what_makes_that_so_before_anything_slow(script: Path) -
     names = [getattr(node, "module", None) or node.names[0].name for node in imports]
     first = next(name for name in names if name.split(".")[0] not in sys.stdlib_module_names)
     assert first == "trpo.command_line"
+
+
+def test_what_may_not_be_read_is_one_line(capsys, monkeypatch):
+    def refused() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/runs/of/others")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_command(refused)
+    assert one_line(capsys.readouterr().err) == "error: /runs/of/others: Permission denied"
+
+
+def test_a_command_can_do_without_its_standard_output(tmp_path: Path) -> None:
+    """Where the shell closed it (`>&-`), or where it takes no ±."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    arguments = ["--config", tmp_path / "tiny.yaml", "--root", tmp_path]
+    ascii_only = run_process("train.py", *arguments, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (ascii_only.status, ascii_only.err) == (0, "") and " ? " in ascii_only.out
+    shell = f"{shlex.join(map(str, command('train.py', *arguments)))} >&-"
+    closed = subprocess.run(shell, shell=True, capture_output=True, text=True, timeout=120)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("option", ["--from", "--config", "--resume"])
+def test_an_option_that_an_unset_variable_left_empty_is_not_ignored(option, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = run_script("train.py", "--env", "CartPole-v1", option, "", capture=capsys, patch=monkeypatch)
+    assert outcome.status == 2 and one_line(outcome.err).startswith("error: ")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_an_interrupted_command_says_so_in_one_line(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -37,7 +38,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def integer(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) < 2**32:
-            raise argparse.ArgumentTypeError(f"give a whole number of at least {least}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"give a whole number from {least} to {2**32 - 1}, not {text!r}")
         return int(text)
 
     return integer
@@ -56,11 +57,17 @@ sys.excepthook = _quiet_interrupt
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command; a ``UserError`` becomes one line on stderr and exit status 2, without a traceback.
+    """Runs a command; a ``UserError`` or ``OSError`` becomes one line on stderr and exit status 2, without a traceback.
 
     Modules that settings name are also looked for in the working directory, as with `python -m`, but there last.
     """
     sys.path.append("")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed by who called the command
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where there is no ± it says ?
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -74,4 +81,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         # The reader (`| head`) has seen enough; without this Python complains once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:  # what may not be read, say
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or type(error).__name__}", file=sys.stderr)
+        status = 2
     sys.exit(status)

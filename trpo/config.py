@@ -6,6 +6,7 @@ departures from these defaults: the defaults are the recipe.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -345,6 +346,19 @@ class CheckpointConfig(Settings):
     abort_after: int = Field(5, ge=1, description="Consecutive failures to save after which training gives up.")
 
 
+_LARGEST_FLOAT32 = 3.4028235e38
+
+
+def _floats(settings: Settings, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted keys and values of all settings that are floats."""
+    for name, field in type(settings).model_fields.items():
+        key, value = prefix + (field.alias or name), getattr(settings, name)
+        if isinstance(value, Settings):
+            yield from _floats(value, f"{key}.")
+        elif isinstance(value, float):
+            yield key, value
+
+
 class Config(Settings):
     """All settings of one training run."""
 
@@ -392,6 +406,14 @@ class Config(Settings):
         if self.batch_size > self.total_steps:
             problem = f"{self.batch_size} is larger than total_steps {self.total_steps}: not one update fits"
             raise _contradiction("batch_size", problem, against="total_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_are_of_the_dtype(self) -> Self:
+        if self.dtype == "float32":
+            for key, value in _floats(self):
+                if abs(value) > _LARGEST_FLOAT32:
+                    raise _contradiction(key, f"{value} is more than a float32 can be", against="dtype")
         return self
 
     @model_validator(mode="after")

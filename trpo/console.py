@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -79,7 +80,8 @@ class Progress:
 
     def pace(self) -> str:
         rate = self.steps_per_s
-        left = str(timedelta(seconds=round((self.total_steps - self.env_steps) / rate))) if rate > 0 else "-:--:--"
+        left_s = (self.total_steps - self.env_steps) / rate if rate > 0 else math.inf
+        left = str(timedelta(seconds=round(left_s))) if left_s < 1e9 else "-:--:--"
         return f"{rate:,.0f} steps/s  {left} left"
 
     def results(self) -> str:

@@ -125,7 +125,8 @@ def find_runs(directories: Sequence[Path]) -> dict[Path, str]:
     runs: dict[Path, tuple[Path, str]] = {}
     for directory in directories:
         if not directory.is_dir():
-            raise UserError(f"no such run: {directory} is not a directory{_meant(directory)}")
+            meant = "; give the run's directory" if directory.is_file() else _meant(directory)
+            raise UserError(f"no such run: {directory} is not a directory{meant}")
         itself = (directory / PROGRESS_FILE).is_file()
         found = [directory] if itself else [path.parent for path in directory.rglob(PROGRESS_FILE)]
         found = [run for run in found if (run / CONFIG_FILE).is_file()]
@@ -164,7 +165,7 @@ def _settings(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             continue
         if not isinstance(value, dict) or key == "env.kwargs":
             yield key, value if isinstance(value, str) else json.dumps(value)
-        elif "shape" in value:
+        elif value.keys() == {"start", "end", "shape"}:
             yield key, "{start} → {end} {shape}".format(**value)
         else:
             yield from _settings(value, f"{key}.")

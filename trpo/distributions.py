@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -149,6 +150,12 @@ class Ordinal(_NormalNoise):
 
     def on(self, device: torch.device) -> Ordinal:
         return Ordinal(self.space, self.bins, device=device)
+
+    def tells_apart(self, dtype: torch.dtype) -> bool:
+        """Whether each value is found again in actions of this dtype: far from 0 neighbours may be one number."""
+        index = torch.arange(self.bins, device=self._low.device).unsqueeze(-1)
+        found = self._index(self._value(index.to(dtype)))
+        return bool(((found == index) | (self._width == 0)).all())
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""
@@ -332,12 +339,12 @@ def distribution_for(
 ) -> Distribution:
     """The distribution for an action space: for a Box with finite bounds and `bins` an ordinal one, else a Gaussian.
 
-    `device` is where η will be.
+    Bounds that are as far apart as numbers go are none. `device` is where η will be.
 
     Raises:
         EnvError: the space is none of Box, Discrete, MultiDiscrete, MultiBinary.
     """
-    if isinstance(space, spaces.Box) and bins is not None and space.is_bounded("both"):
+    if isinstance(space, spaces.Box) and bins is not None and _is_narrow(space):
         return Ordinal(space, bins, device=device)
     if isinstance(space, spaces.Box):
         return DiagonalGaussian(math.prod(space.shape))
@@ -351,3 +358,9 @@ def distribution_for(
         f"action space {type(space).__name__} is not supported; wrap the environment so that it is Box, Discrete, "
         "MultiDiscrete or MultiBinary"
     )
+
+
+def _is_narrow(space: spaces.Box) -> bool:
+    """Whether it has finite bounds whose distance is a number, in float32 too."""
+    half = 0.5 * space.high.astype(np.float64) - 0.5 * space.low.astype(np.float64)
+    return bool((half < 0.25 * np.finfo(np.float32).max).all())

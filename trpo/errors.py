@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def imported(name: str, *, key: str, kind: type[UserError]) -> Any:
         raise kind(f"{key}: {name!r} cannot be imported: {error}") from error
     except (Exception, SystemExit) as error:  # of modules that give up with `sys.exit`
         raise kind(f"{key}: {name!r} cannot be imported: {raised(error)}") from error
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Within, a block of memory that cannot be had is a `UserError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        smaller = "make hidden_sizes, policy.bins, env.num_envs or batch_size smaller"
+        raise UserError(f"{what} does not fit into memory ({gist(error)}): {smaller}") from error
 
 
 def gist(error: Exception) -> str:

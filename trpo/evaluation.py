@@ -20,7 +20,7 @@ from trpo.config import EnvConfig
 from trpo.envs import make_single_env
 from trpo.envs.mujoco_batch import Simulations, simulations_beside
 from trpo.envs.returned import ReturnError, flag, flat_observation, numbers_of, scalar_reward, success_of
-from trpo.envs.single import failure
+from trpo.envs.single import close_env, failure
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
 from trpo.policy import Policy
@@ -163,7 +163,7 @@ def check_environment(policy: Policy, env_config: EnvConfig, action_space: space
             raise
         raise EnvError(f"{error}; wrappers that are training_only must leave both spaces as they are") from error
     finally:
-        env.close()
+        close_env(env)
 
 
 def _side_by_side(
@@ -192,7 +192,7 @@ def _side_by_side(
             return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames, together)
     finally:
         for env in envs.values():
-            env.close()
+            close_env(env)
 
 
 def _run(actor: _Actor, episodes: dict[int, _Episode], frames: VideoWriter, together: _Together | None) -> Evaluation:

@@ -51,7 +51,7 @@ class CsvTable:
         self._rewrite(row for row in rows if resume_step is not None and int(row[0]) <= resume_step)
 
     def write(self, values: Mapping[str, float | None], *, env_steps: int) -> None:
-        """Appends a row; a tag that is new to the table becomes its last column."""
+        """Appends a row; a tag that is new to the table becomes its last column. No tag has line breaks."""
         if new := [tag for tag in values if tag not in self._columns]:
             self._file.close()
             _, rows = read_table(self._path)
@@ -142,11 +142,19 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
         OSError: it cannot be read.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+    # Line by line: a quote that nothing closes damages the line that it is in.
+    lines = [_cells(line) for line in text[: text.rfind("\n") + 1].split("\n")[:-1]]
     if not lines or lines[0][:1] != [STEP_COLUMN]:
         raise UserError(f"{path} is not a table of metrics: its first column is not {STEP_COLUMN}; move it away")
     columns, *rows = lines
     return columns, [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line.removesuffix("\r")]), [])
+    except csv.Error:
+        return []
 
 
 def _csv_lines(rows: Iterable[Iterable[str]]) -> bytes:

@@ -57,12 +57,8 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
     image = io.BytesIO()
     try:
         figure.savefig(image, format=output.suffix.removeprefix(".") or "png")
-        target = output.resolve()  # where a link leads
-        if target.exists() and not target.is_file():  # a pipe, say, or a folder, which refuses
-            target.write_bytes(image.getvalue())
-        else:
-            with whole_file(target) as file:
-                file.write_bytes(image.getvalue())
+        with whole_file(output) as file:
+            file.write_bytes(image.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {output}: {error}") from error
     return endings(drawn)

@@ -42,6 +42,11 @@ class RunDirectory:
 
     path: Path
 
+    def __str__(self) -> str:
+        """As one would give it to a command here."""
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"

@@ -31,7 +31,7 @@ from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import NEW_EPISODES, BatchEnv, check_batch_env
 from trpo.envs.shard import restart_seed
-from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist
+from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist, memory_for
 from trpo.evaluation import Evaluation, check_environment, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
@@ -132,13 +132,16 @@ class Trainer:
         self._closed = False
         self.writer: MetricsWriter | None = None
         self._lock: RunLock | None = None
-        if resume and start_from:
+        if resume is not None and start_from is not None:
             raise UserError(f"a run that goes on has a policy already: {start_from} is for new ones")
-        self._origin = load_starting_policy(start_from, config) if start_from else None
+        self._origin = None if start_from is None else load_starting_policy(start_from, config)
+        # Some simulators change the working directory.
+        root, resume = Path(root).absolute(), None if resume is None else Path(resume).absolute()
         self.group = join_group(self.device)
         try:
-            self._build()
-            self._open_run(Path(root), Path(resume) if resume else None, console)
+            with memory_for("what is trained"):
+                self._build()
+            self._open_run(root, resume, console)
         except BaseException:
             for text in self._unsaid:
                 print(text, file=sys.stderr)
@@ -262,7 +265,7 @@ class Trainer:
             EnvError: an environment failed.
         """
         if self._closed:
-            raise RuntimeError(f"this trainer is closed; go on with Trainer(config, resume={str(self.run.path)!r})")
+            raise RuntimeError(f"this trainer is closed; go on with Trainer(config, resume={str(self.run)!r})")
         last = self.config.updates if max_updates is None else min(self.config.updates, self.updates + max_updates)
         with contextlib.closing(self), self.torch_for_training(), self._recorded():
             if self._is_finished():
@@ -301,8 +304,8 @@ class Trainer:
             if self.writer is not None:
                 self.writer.failure(error)
                 if (isinstance(error, EnvError) or self.group.size > 1) and checkpoint_paths(self.run.checkpoints):
-                    path = self.run.path
-                    self._say(f"go on from the newest checkpoint with --resume {path}; its log.txt has the traceback")
+                    run = self.run
+                    self._say(f"go on from the newest checkpoint with --resume {run}; its log.txt has the traceback")
             raise
 
     @contextlib.contextmanager
@@ -393,7 +396,7 @@ class Trainer:
         if self.on_update is None:
             return False
         before = copy.deepcopy(self.options)
-        with self._saved_on(Exception):
+        with self._saved_on_error():
             answer = self.on_update(self, report)
             try:
                 encode(self.options, "options", {})
@@ -405,11 +408,11 @@ class Trainer:
         return bool(answer)
 
     @contextlib.contextmanager
-    def _saved_on(self, kind: type[Exception]) -> Iterator[None]:
-        """Between updates: saves what has been trained before an error of this kind ends the run."""
+    def _saved_on_error(self) -> Iterator[None]:
+        """Between updates: saves what has been trained before an error ends the run."""
         try:
             yield
-        except kind:
+        except Exception:
             if self.group.size == 1:  # others would not come to a checkpoint of all
                 self._save_checkpoint()
             raise
@@ -441,7 +444,7 @@ class Trainer:
             met = f"{self.nonfinite_in_a_row} updates in a row met NaN, infinity or negative curvature"
             raise TrainingError(
                 f"{met} (last: {step.reason}); try a smaller max_kl or learning rate, or dtype float64, with --resume "
-                f"{self.run.path} --set KEY=VALUE"
+                f"{self.run} --set KEY=VALUE"
             )
 
     def _is_due(self, every: int, latest: UpdateReport) -> bool:
@@ -459,7 +462,7 @@ class Trainer:
         if self.writer is None:
             return None
         started = time.perf_counter()
-        with self._saved_on(EnvError):
+        with self._saved_on_error():
             result = self._run_episodes(episodes)
         if result.cut:
             cut = f"{result.cut} of {episodes} episodes were cut after {max(result.lengths)} steps"
@@ -502,7 +505,7 @@ class Trainer:
                 self._save_policy(self.run.final, evaluation)
         else:
             why = stopped_by.name if stopped_by else "its caller"
-            self._say(f"stopped by {why} at {self.env_steps} steps; go on with --resume {self.run.path}")
+            self._say(f"stopped by {why} at {self.env_steps} steps; go on with --resume {self.run}")
         return RunResult(self.run.path, self.env_steps, evaluation, stopped_by)
 
     def _save_policy(self, path: Path, result: Evaluation) -> None:
@@ -563,7 +566,7 @@ class Trainer:
             if changed and self._is_finished():
                 # Nothing would be trained with them, and the record would say that all was.
                 given = f"raise total_steps too, to train on with {'; '.join(changed)}"
-                raise UserError(f"{self.run.path} is finished; {given}")
+                raise UserError(f"{self.run} is finished; {given}")
             if self.updates > self.config.updates:
                 raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
             if not same_evaluations(saved, self.config):

@@ -166,10 +166,12 @@ class AdamFit:
                     self._adam.step(value.theta.vector, gradient, learning_rate)
                     steps += 1
         after = _squared_error(value, obs, target, self.all_sum)
+        looked_at = torch.cat([before, after, self._adam.size().to(after)])
 
         def finish() -> FitReport:
-            loss_before, loss_after = (total / count for total, count in torch.stack([before, after]).tolist())
-            if math.isfinite(loss_after):
+            before, count, after, count_after, moments_size = looked_at.tolist()
+            loss_before, loss_after = before / count, after / count_after
+            if math.isfinite(loss_after) and math.isfinite(moments_size):
                 return FitReport(loss_before, loss_after, steps, refused=0)
             value.theta.assign_(theta)
             self._adam.load_state_dict(moments)
@@ -294,6 +296,10 @@ class Adam:
         beta1, beta2 = self.betas
         correction = math.sqrt(1 - beta2**self.steps)
         return self.epsilon * correction, learning_rate * correction / (1 - beta1**self.steps)
+
+    def size(self) -> Tensor:
+        """Σ m + Σ v [1], which is not finite where one of the moments is not."""
+        return (self._mean.sum() + self._square.sum()).unsqueeze(0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "mean": self._mean.clone(), "square": self._square.clone()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,15 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """A file beside `path` to write, which takes its place where the block ends, and is gone where it raises.
 
-    The folders of `path` are made. What was there stays until then.
+    The folders of `path` are made. What was there stays until then. A link stays one, and what it leads to is written;
+    so is a pipe or a device, which gets all at once.
     """
+    path = path.resolve()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (content := Path(folder) / path.name)
+            path.write_bytes(content.read_bytes())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

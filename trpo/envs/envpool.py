@@ -17,7 +17,7 @@ from trpo.config import EnvConfig
 from trpo.cores import worker_count
 from trpo.envs.contract import Step
 from trpo.envs.shard import restart_seed
-from trpo.envs.single import make_single_env
+from trpo.envs.single import close_env, make_single_env
 from trpo.envs.spaces import flatten_batch
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.envs.vector import VectorEnvAdapter
@@ -128,7 +128,7 @@ def _one_per_core(threads: int) -> bool:
 def _task(config: EnvConfig, observed: Space[Any], acted: Space[Any]) -> tuple[Space[Any], int | None]:
     """Gymnasium's action space and time limit; its spaces have to be those of envpool but for the dtype."""
     env = make_single_env(config)
-    env.close()
+    close_env(env)
     spec = env.spec
     ours, width = env.action_space, flatdim(env.observation_space)
     if flatdim(observed) != width:

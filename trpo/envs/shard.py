@@ -20,7 +20,7 @@ import numpy as np
 from trpo.config import EnvConfig
 from trpo.envs.replay import EpisodeLog, ReplayError, begin, needs_fresh_environment, random_state, replay
 from trpo.envs.returned import Flattened, flag, flat_observation, numbers_of, scalar_reward, success_of
-from trpo.envs.single import failure, make_single_env
+from trpo.envs.single import close_env, failure, make_single_env
 from trpo.envs.spaces import ActionEncoding, Array, row_space
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.envs.step_buffers import EnvSpaces, StepBuffers
@@ -161,7 +161,7 @@ class EnvShard:
     def close(self) -> None:
         """Closes all environments."""
         while self._envs:
-            self._envs.pop().close()
+            close_env(self._envs.pop())
 
     def _begin(self, i: int) -> None:
         env, seed, rng = self._envs[i], self._seeds[i], None
@@ -188,7 +188,7 @@ class EnvShard:
         return first_episode_length(spec.max_episode_steps, seed)
 
     def _rebuild(self, i: int) -> gymnasium.Env[Any, Any]:
-        self._envs[i].close()
+        close_env(self._envs[i])
         self._envs[i] = make_single_env(self._config)
         return self._envs[i]
 

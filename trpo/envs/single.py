@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import traceback
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import gymnasium
 from gymnasium.error import DependencyNotInstalled, UnregisteredEnv
 from gymnasium.spaces import Space
+from gymnasium.vector import VectorEnv
 
 from trpo.config import EnvConfig, WrapperConfig
 from trpo.envs.mujoco_process import set_up_mujoco
 from trpo.envs.returned import Flattened, ReturnError
 from trpo.envs.spaces import ActionEncoding, check_observation_space, is_flat
 from trpo.errors import EnvError, did_you_mean, imported, raised
+
+_log = logging.getLogger(__name__)
 
 
 def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
@@ -39,6 +43,14 @@ def make_single_env(config: EnvConfig, *, render_mode: str | None = None) -> gym
     return env if is_flat(env.observation_space) else Flattened(env)
 
 
+def close_env(env: gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any]) -> None:
+    """Closes it; what it raises then is a warning, since all that it was for is done."""
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:
+        _log.warning("warning: an environment was not closed: it raised %s", raised(error))
+
+
 def failure(where: str, error: BaseException) -> EnvError:
     """What went wrong with an environment, `where` it did."""
     if isinstance(error, ReturnError):
@@ -49,7 +61,7 @@ def failure(where: str, error: BaseException) -> EnvError:
 def _told(error: BaseException) -> str:
     """What an environment raised, and where."""
     text, line = raised(error), str(traceback.extract_tb(error.__traceback__)[-1].line)
-    if "values to unpack" in str(error) and ("env.reset(" in line or "env.step(" in line):
+    if "unpack" in str(error) and ("env.reset(" in line or "env.step(" in line):
         text += (
             ": reset() has to return (observation, info), and step() (observation, reward, terminated, truncated, info)"
         )

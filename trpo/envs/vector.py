@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trpo.envs.contract import Step, native_actions
 from trpo.envs.returned import SUCCESS_KEYS, ReturnError, numbers_of, success_of
-from trpo.envs.single import failure
+from trpo.envs.single import close_env, failure
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
 from trpo.envs.step_buffers import EnvSpaces, StepBuffers
 from trpo.errors import EnvError
@@ -113,7 +113,7 @@ class VectorEnvAdapter:
 
     def close(self) -> None:
         """See `BatchEnv.close`."""
-        self._env.close()
+        close_env(self._env)
 
     def _settle(self, obs: Any, done: Array, infos: dict[str, Any]) -> None:
         """Writes the true successors, what to act on next, and the success of the episodes that ended."""
