@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given, settings
@@ -437,6 +438,16 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert message(tmp_path / "latin.yaml").endswith("latin.yaml: is not UTF-8 text (byte 0xe9 at offset 9)")
     assert message(tmp_path / "pendulum.yaml" / "x").endswith("cannot be read: Not a directory")
     assert "cannot be read" in message("a\0b")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = {"env": {"id": "X", "num_envs": np.int64(8)}, "seed": np.arange(4)[3], "gae": {"gamma": np.float64(0.9)}}
+    config = Config.model_validate(given)
+    assert (config.env.num_envs, config.seed, config.gae.gamma) == (8, 3, 0.9)
+    assert (type(config.env.num_envs), type(config.seed), type(config.gae.gamma)) == (int, int, float)
+    assert Config(env={"id": "X"}, seed=np.int32(3)) == Config(env={"id": "X"}, seed=3)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="seed"):
+        Config.model_validate(given | {"seed": np.float64(3)})  # as of a float of Python
 
 
 def test_the_models_alone_refuse_contradictions() -> None:

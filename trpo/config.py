@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -22,6 +23,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True, validate_default=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_of_python(cls, given: Any) -> Any:
+        """Seeds of `numpy.arange`, say, are numbers as well."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value.item() if isinstance(value, np.generic) else value for key, value in given.items()}
 
 
 class Schedule(Settings):
