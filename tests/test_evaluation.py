@@ -427,7 +427,7 @@ def test_command_errors_are_one_line_and_status_2(cartpole, script, tmp_path):
         ((cartpole.path, "--set", "policy.bins=3"), "only env.* and evaluation.* can differ"),
         ((cartpole.path, "--set", "env.kwarg.g=3"), "did you mean env.kwargs?"),
         ((cartpole.path, "--set", "env.kwargs.g=3"), "cannot be built with env.kwargs {'g': 3}"),
-        ((cartpole.path, "--episodes", "0"), "--episodes: give a whole number of at least 1"),
+        ((cartpole.path, "--episodes", "0"), "--episodes: give a whole number from 1"),
         ((cartpole.path, "--seed", "-1"), "--seed"),
         ((cartpole.path, "--device", "gpu"), "device 'gpu' is unknown"),
         ((cartpole.path, "--device", "cuda:99"), "CUDA GPUs are available"),

@@ -153,9 +153,9 @@ class Ordinal(_NormalNoise):
 
     def tells_apart(self, dtype: torch.dtype) -> bool:
         """Whether each value is found again in actions of this dtype: far from 0 neighbours may be one number."""
-        index = torch.arange(self.bins, device=self._low.device).unsqueeze(-1)
-        found = self._index(self._value(index.to(dtype)))
-        return bool(((found == index) | (self._width == 0)).all())
+        here, index = self.on(torch.device("cpu")), torch.arange(self.bins).unsqueeze(-1)
+        found = here._index(here._value(index.to(dtype)))
+        return bool(((found == index) | (here._width == 0)).all())
 
     def sample(self, eta: Tensor, noise: Tensor) -> Tensor:
         """Where Φ(noise) falls among the cumulated probabilities."""
