@@ -27,14 +27,14 @@ def main() -> int:
         start_from = None
         if _leads():
             print(f"resumes {resume}; --from is ignored, since that run has a policy")
+    evaluate = f"{_python()} {os.path.relpath(Path(__file__).with_name('evaluate.py'))}"  # seen from here
     trainer = Trainer(config, root=args.root, resume=resume, start_from=start_from)
     result = trainer.train()
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")
         trust = " --trust-code" if config.policy.body or named_code(config.env) else ""
-        script = os.path.relpath(Path(__file__).with_name("evaluate.py"))
         run = RunDirectory(result.directory)
-        print(f"saved in {run}; evaluate it with: {_python()} {script} {run}{trust}")
+        print(f"saved in {run}; evaluate it with: {evaluate} {run}{trust}")
     return result.exit_status
 
 

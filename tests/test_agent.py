@@ -21,7 +21,7 @@ from trpo.agent import Agent
 from trpo.batch import Batch, Rollout
 from trpo.config import Config
 from trpo.distributed import join_group
-from trpo.errors import EnvError
+from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, trust_region_step
 from trpo.policy import Policy
 from trpo.timers import PhaseTimers
@@ -304,3 +304,15 @@ def test_what_the_normaliser_moves_is_the_kl_between_the_policy_before_and_after
         p, q = policy(first(raw)), policy(policy.normalizer(raw))
     expected = float(torch_kl(policy.distribution, p, q).mean())
     assert expected > 1e-6 and report.normalizer_kl == pytest.approx(expected, rel=1e-9)
+
+
+def test_actions_that_their_dtype_cannot_tell_apart_are_refused() -> None:
+    far = Box(2e7, 2e7 + 4, (1,), np.float64)
+    for dtype in ("float32", "float64"):
+        config = Config.model_validate({"env": {"id": "Pendulum-v1", "num_envs": ENVS}, "dtype": dtype})
+        arguments = {"num_envs": ENVS, "group": join_group(CPU), "device": CPU}
+        if dtype == "float32":
+            with pytest.raises(ConfigError, match=r"policy.bins: float32 cannot tell .*: put .*RescaleAction into env"):
+                Agent(config, Box(-np.inf, np.inf, (OBS,)), far, **arguments)
+        else:
+            Agent(config, Box(-np.inf, np.inf, (OBS,)), far, **arguments)

@@ -52,7 +52,8 @@ def test_permutation_p_agrees_with_scipy(first: int, second: int) -> None:
 
 def test_permutation_p_of_many_seeds_that_are_far_apart_is_small_but_not_0() -> None:
     assert 0 < permutation_p(np.arange(12.0), np.arange(12.0) + 100) < 1e-3
-    assert permutation_p(np.ones(3), np.ones(4)) == 1, "equal means are no difference, whatever their rounding"
+    # Equal means are no difference, whatever their rounding: these differ by a unit in the last place.
+    assert permutation_p(np.array([-83.7, -83.1, 93.8, -83.1]), np.array([-83.1, 93.8, -83.7, -83.1])) == 1
 
 
 def test_aggregate_interpolates_runs_to_the_steps_they_share() -> None:
@@ -137,6 +138,11 @@ def test_folders_given_apart_are_compared_where_they_share_seeds(tmp_path: Path)
         *(("CartPole-v1", f"trpo, {side}", seed) for side in sides for seed in range(2)),
         *(("Acrobot-v1", "trpo", seed) for seed in range(2)),  # of one side only
     }
+    names = [curve.name for curve in read_curves(sides, RETURN) if curve.env_id == "CartPole-v1"]
+    assert names[0] == f"trpo, {sides[0]}", "the first given is what the others are held to"
+    beside = make_run(tmp_path / "itself", env_id="Acrobot-v1")  # with a seed of the folder's
+    alone = {(c.name, c.seed) for c in read_curves([sides[0] / "Acrobot-v1", beside], RETURN)}
+    assert alone == {("trpo", 0), *((f"trpo, {sides[0] / 'Acrobot-v1'}", seed) for seed in range(2))}
     more = make_run(tmp_path / "elsewhere" / "trpo-s2", seed=2)  # another machine's seeds of the same experiment
     assert {curve.name for curve in read_curves([sides[0] / "CartPole-v1", more.parent], RETURN)} == {"trpo"}
     runs = sorted((tmp_path / "before" / "CartPole-v1").iterdir())

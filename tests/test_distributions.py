@@ -271,11 +271,17 @@ def test_a_saturated_coin_keeps_its_small_kl() -> None:
     assert float(kl) == pytest.approx(t * math.log(t / s) + (s - t), rel=1e-6)  # O(s) relative, and rounding of 1
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_bounds_that_no_difference_can_be_taken_of_are_none(dtype: type[np.floating]) -> None:
-    widest = np.finfo(dtype).max
-    assert isinstance(distribution_for(spaces.Box(-widest, widest, (2,), dtype), bins=11), DiagonalGaussian)
-    assert isinstance(distribution_for(spaces.Box(-1e38, 1e30, (2,), dtype), bins=11), Ordinal)
+def test_bounds_farther_apart_than_numbers_go_are_none() -> None:
+    for bound, space_dtype, float32, float64 in (
+        (np.finfo(np.float32).max, np.float32, DiagonalGaussian, Ordinal),
+        (np.finfo(np.float64).max, np.float64, DiagonalGaussian, DiagonalGaussian),
+        (1e100, np.float64, DiagonalGaussian, Ordinal),
+        (1e38, np.float32, Ordinal, Ordinal),
+        (np.inf, np.int64, DiagonalGaussian, DiagonalGaussian),  # whose bounds are numbers, as far as the arrays say
+    ):
+        space = spaces.Box(-bound, bound, (2,), space_dtype)
+        for dtype, kind in ((torch.float32, float32), (torch.float64, float64)):
+            assert isinstance(distribution_for(space, bins=11, dtype=dtype), kind), (space, dtype)
 
 
 def test_actions_have_the_type_their_space_needs() -> None:

@@ -81,6 +81,11 @@ def test_a_link_and_a_pipe_stay_what_they_are(tmp_path):
     reader.start()
     export_onnx(policy, pipe)
     reader.join(timeout=30)
+    descriptors: list[int] = [*os.pipe()]  # as of a shell's `>(…)`, which has no place of its own
+    export_onnx(policy, Path(f"/dev/fd/{descriptors[1]}"))
+    os.close(descriptors[1])
+    with open(descriptors[0], "rb") as end:  # a pipe holds as much as a model of this size
+        assert onnx.load_from_string(end.read()).graph.output[0].name == "action"
     assert pipe.is_fifo() and onnx.load_from_string(read[0]).graph.output[0].name == "action"
 
 

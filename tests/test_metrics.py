@@ -300,6 +300,18 @@ def test_a_quote_that_nothing_closes_damages_its_line_only(tmp_path: Path) -> No
     assert [row["a, b"] for row in read_csv(path)] == ["0", "2", "9"]
 
 
+def test_a_name_that_would_break_the_table_is_refused(tmp_path: Path) -> None:
+    with quiet(tmp_path) as writer:
+        writer.write_recorded({"mine/a": 1.0}, env_steps=1)
+        with pytest.raises(UserError, match=r"has a line break: 'mine/b\\nc'; write it in one line"):
+            writer.write_recorded({"mine/b\nc": 1.0}, env_steps=2)
+        writer.write_recorded({"mine/a": 3.0}, env_steps=3)
+    assert read_csv(tmp_path / "recorded.csv") == [
+        {"env_steps": "1", "mine/a": "1.0"},
+        {"env_steps": "3", "mine/a": "3.0"},
+    ]
+
+
 def test_a_table_of_recorded_numbers_that_cannot_be_begun_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

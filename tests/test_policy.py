@@ -26,7 +26,7 @@ from helpers import (
 from torch import Tensor
 
 from trpo.config import Config
-from trpo.distributions import DiagonalGaussian, Ordinal
+from trpo.distributions import DiagonalGaussian
 from trpo.errors import ConfigError
 from trpo.natural_gradient.explicit import eta_function
 from trpo.networks import MLP
@@ -280,15 +280,6 @@ def test_only_values_between_bounds_have_no_more_than_an_initial_std(std: Any) -
     free = build_policy(config(std=std), spaces.Box(-1, 1, (OBS_DIM,)), spaces.Box(-np.inf, np.inf, (2,)), **arguments)
     first = std if isinstance(std, float) else std.get("start", std.get("initial"))
     assert isinstance(free.distribution, DiagonalGaussian) and free.std() == pytest.approx(first, rel=1e-6)  # float32
-
-
-def test_actions_too_near_for_their_dtype_are_refused() -> None:
-    arguments = {"generator": seeded(), "device": torch.device("cpu")}
-    obs, far = spaces.Box(-1, 1, (OBS_DIM,)), spaces.Box(2e7, 2e7 + 4, (1,), np.float64)
-    assert isinstance(build_policy(config(), obs, far, **arguments).distribution, Ordinal)
-    coarse = config().model_copy(update={"dtype": "float32"})
-    with pytest.raises(ConfigError, match=r"policy.bins: float32 cannot tell 11 values .*: put .*RescaleAction into"):
-        build_policy(coarse, obs, far, **arguments)
 
 
 def test_an_ordinal_policy_starts_near_a_gaussian_of_the_initial_std() -> None:

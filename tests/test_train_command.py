@@ -250,6 +250,13 @@ def test_what_may_not_be_read_is_one_line(capsys, monkeypatch):
         run_command(refused)
     assert one_line(capsys.readouterr().err) == "error: /runs/of/others: Permission denied"
 
+    def unspecified() -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_command(unspecified)
+    assert one_line(capsys.readouterr().err) == "error: libcuda.so.1: cannot open shared object file"
+
 
 def test_a_command_can_do_without_its_standard_output(tmp_path: Path) -> None:
     """Where the shell closed it (`>&-`), or where it takes no ±."""

@@ -386,6 +386,22 @@ def test_an_environment_made_by_hand_that_does_not_fit_is_one_clear_error(
     config = config_for("Pendulum-v1", env=env, total_steps=64, batch_size=64)
     with pytest.raises(UserError, match=message):
         Trainer(config, root=tmp_path, console=False, env=make(gymnasium.make_vec("Pendulum-v1", num_envs=2)))
+    with pytest.raises(UserError, match="env is a list without close, device"):
+        Trainer(config, root=tmp_path, console=False, env=[])  # type: ignore[arg-type]
+
+
+def test_a_batch_that_was_reported_does_not_lie_beside_the_next(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Looking(Agent):
+        def update(self, *args: Any, **kwargs: Any) -> UpdateReport:
+            assert all(batch() is None for batch in alive)
+            report = super().update(*args, **kwargs)
+            alive.append(weakref.ref(report.batch.obs))
+            return report
+
+    Trainer(trainer_config(3), root=tmp_path, console=False, make_agent=Looking).train()
+    assert len(alive) == 3
 
 
 def test_a_learner_of_ones_own_learns_from_the_batch_that_is_reported(tmp_path: Path) -> None:

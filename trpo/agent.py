@@ -23,7 +23,8 @@ from trpo.config import Config, LearnedStdConfig
 from trpo.cores import update_threads
 from trpo.cuda_graph import Recorded, SecondQueue, can_record
 from trpo.distributed import Group
-from trpo.errors import EnvError
+from trpo.distributions import Ordinal
+from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
 from trpo.normalizer import RewardScaler
 from trpo.policy import GivenStdHead, build_policy
@@ -81,6 +82,12 @@ class Agent:
         self.device = device
         init = torch_generator(config.seed, "initialisation")
         self.policy = build_policy(config, observation_space, action_space, generator=init, device=device)
+        distribution = self.policy.distribution
+        if isinstance(distribution, Ordinal) and not distribution.tells_apart(self.policy.theta.vector.dtype):
+            raise ConfigError(
+                f"policy.bins: {config.dtype} cannot tell the values of these actions apart, which lie too near each "
+                "other: put gymnasium.wrappers:RescaleAction into env.wrappers"
+            )
         self.value = build_value(config, observation_space.shape[0], generator=init, device=device)
         self.average_value = AverageValue(self.value, config.value.ema_decay)
         self.reward_scaler = RewardScaler(

@@ -63,11 +63,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     """
     sys.path.append("")
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # it was closed by who called the command
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # where there is no ± it says ?
+        if getattr(sys, name) is None:  # it was closed by who called the command
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where there is no ± it says ?
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -83,6 +82,6 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = 1
     except OSError as error:  # what may not be read, say
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or type(error).__name__}", file=sys.stderr)
+        print(f"error: {where}{error.strerror or error or type(error).__name__}", file=sys.stderr)
         status = 2
     sys.exit(status)

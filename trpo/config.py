@@ -358,7 +358,7 @@ class CheckpointConfig(Settings):
 _LARGEST_FLOAT32 = 3.4028235e38
 
 
-def _floats(settings: Settings, prefix: str = "") -> Iterator[tuple[str, float]]:
+def _floats(settings: Settings, prefix: str) -> Iterator[tuple[str, float]]:
     """Dotted keys and values of all settings that are floats."""
     for name, field in type(settings).model_fields.items():
         key, value = prefix + (field.alias or name), getattr(settings, name)
@@ -420,9 +420,10 @@ class Config(Settings):
     @model_validator(mode="after")
     def _numbers_are_of_the_dtype(self) -> Self:
         if self.dtype == "float32":
-            for key, value in _floats(self):
-                if abs(value) > _LARGEST_FLOAT32:
-                    raise _contradiction(key, f"{value} is more than a float32 can be", against="dtype")
+            for section in ("policy", "value", "normalize", "gae", "natural_gradient"):
+                for key, value in _floats(getattr(self, section), f"{section}."):
+                    if abs(value) > _LARGEST_FLOAT32:
+                        raise _contradiction(key, f"{value} is more than a float32 can be", against="dtype")
         return self
 
     @model_validator(mode="after")

@@ -115,9 +115,9 @@ def read_curves(directories: Sequence[Path], metric: str) -> list[Curve]:
 
 
 def find_runs(directories: Sequence[Path]) -> dict[Path, str]:
-    """Run directories (those with `config.yaml` and `progress.csv`) at or below the given ones, sorted, each once.
+    """Run directories (those with `config.yaml` and `progress.csv`) at or below the given ones, each once.
 
-    Each with the given directory it was first found below, as text; empty for one that was given itself.
+    In the order of the given ones, and each with that it was first found below, as text; empty for one given itself.
 
     Raises:
         UserError: a directory does not exist or holds no run.
@@ -132,9 +132,9 @@ def find_runs(directories: Sequence[Path]) -> dict[Path, str]:
         found = [run for run in found if (run / CONFIG_FILE).is_file()]
         if not found:
             raise UserError(f"no run in {directory}: a run's directory holds {CONFIG_FILE} and {PROGRESS_FILE}")
-        for run in found:
+        for run in sorted(found):
             runs.setdefault(run.resolve(), (run, "" if itself else str(directory)))
-    return dict(sorted(runs.values()))
+    return dict(runs.values())
 
 
 def read_curve(run: Path, metric: str) -> Curve:

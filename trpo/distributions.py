@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -335,16 +334,24 @@ class Bernoulli(_NormalNoise):
 
 
 def distribution_for(
-    space: spaces.Space, *, bins: int | None = None, device: torch.device | str = "cpu"
+    space: spaces.Space,
+    *,
+    bins: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
 ) -> Distribution:
     """The distribution for an action space: for a Box with finite bounds and `bins` an ordinal one, else a Gaussian.
 
-    Bounds that are as far apart as numbers go are none. `device` is where η will be.
+    Args:
+        space: as the environment declares it.
+        bins: values of each component of an ordinal policy.
+        device: where η will be.
+        dtype: what it will be: bounds farther apart than its numbers go are none.
 
     Raises:
         EnvError: the space is none of Box, Discrete, MultiDiscrete, MultiBinary.
     """
-    if isinstance(space, spaces.Box) and bins is not None and _is_narrow(space):
+    if isinstance(space, spaces.Box) and bins is not None and _is_bounded(space, dtype):
         return Ordinal(space, bins, device=device)
     if isinstance(space, spaces.Box):
         return DiagonalGaussian(math.prod(space.shape))
@@ -360,7 +367,6 @@ def distribution_for(
     )
 
 
-def _is_narrow(space: spaces.Box) -> bool:
-    """Whether it has finite bounds whose distance is a number, in float32 too."""
-    half = 0.5 * space.high.astype(np.float64) - 0.5 * space.low.astype(np.float64)
-    return bool((half < 0.25 * np.finfo(np.float32).max).all())
+def _is_bounded(space: spaces.Box, dtype: torch.dtype) -> bool:
+    low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (space.low, space.high))
+    return space.is_bounded("both") and bool((high - low).to(dtype).isfinite().all())

@@ -53,7 +53,10 @@ def raised(error: BaseException) -> str:
     """What other people's code raised, and where: one line, since whoever wrote it can open the file."""
     frames = traceback.extract_tb(error.__traceback__)
     place = ([frame for frame in frames if not _is_installed(frame.filename)] or frames)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())} ({os.path.relpath(place.filename)}:{place.lineno})"
+    file = place.filename
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        file = os.path.relpath(file)
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({file}:{place.lineno})"
 
 
 def _is_installed(file: str) -> bool:

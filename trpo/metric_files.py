@@ -51,8 +51,14 @@ class CsvTable:
         self._rewrite(row for row in rows if resume_step is not None and int(row[0]) <= resume_step)
 
     def write(self, values: Mapping[str, float | None], *, env_steps: int) -> None:
-        """Appends a row; a tag that is new to the table becomes its last column. No tag has line breaks."""
+        """Appends a row; a tag that is new to the table becomes its last column.
+
+        Raises:
+            UserError: such a tag has a line break, and no table would be found again in the file.
+        """
         if new := [tag for tag in values if tag not in self._columns]:
+            if broken := [tag for tag in new if {"\n", "\r"} & {*tag}]:
+                raise UserError(f"the name of a metric has a line break: {broken[0]!r}; write it in one line")
             self._file.close()
             _, rows = read_table(self._path)
             self._columns += new

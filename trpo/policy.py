@@ -347,12 +347,7 @@ def build_policy(
 ) -> Policy:
     """The policy of a config for flat observations [D] and any supported action space, freshly initialised."""
     settings, dtype = config.policy, getattr(torch, config.dtype)
-    distribution = distribution_for(action_space, bins=settings.bins, device=device)
-    if isinstance(distribution, Ordinal) and not distribution.tells_apart(dtype):
-        raise ConfigError(
-            f"policy.bins: {config.dtype} cannot tell {settings.bins} values of these actions apart, whose bounds are "
-            "far from 0 and near each other: put gymnasium.wrappers:RescaleAction into env.wrappers"
-        )
+    distribution = distribution_for(action_space, bins=settings.bins, device=device, dtype=dtype)
     obs_dim = observation_space.shape[0]
     std = settings.std if isinstance(distribution, DiagonalGaussian) else None
     from_state = std is None or (isinstance(std, LearnedStdConfig) and std.state_dependent)

@@ -36,6 +36,12 @@ class RunDirectoryError(UserError):
     """A run's directory cannot be made or is in use."""
 
 
+try:
+    _STARTED_IN: Path | None = Path.cwd()  # which an environment may leave
+except OSError:
+    _STARTED_IN = None
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     """`runs/<environment>/<name>-s<seed>-<stamp>/`. TensorBoard events and CSV files lie in `path` itself."""
@@ -43,9 +49,9 @@ class RunDirectory:
     path: Path
 
     def __str__(self) -> str:
-        """As one would give it to a command here."""
-        here = Path.cwd()
-        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+        """As one would give it to a command where this one was started."""
+        here = _STARTED_IN
+        return str(self.path.relative_to(here) if here and self.path.is_relative_to(here) else self.path)
 
     @property
     def config_file(self) -> Path:

@@ -152,7 +152,8 @@ def _shaping_settings(saved: Config, given: Config, action_space: spaces.Space[A
         yield "normalize.clip_observations"
     if isinstance(action_space, spaces.Box):
         yield "policy.bins"
-    if isinstance(distribution_for(action_space, bins=given.policy.bins), DiagonalGaussian):
+    dtype = getattr(torch, given.dtype)
+    if isinstance(distribution_for(action_space, bins=given.policy.bins, dtype=dtype), DiagonalGaussian):
         learned = [isinstance(config.policy.std, LearnedStdConfig) for config in (saved, given)]
         if all(learned):
             yield from ("policy.std.min", "policy.std.max", "policy.std.state_dependent")
@@ -329,7 +330,7 @@ def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], 
     """Refuses settings that describe larger layers than are stored, before memory is taken for them."""
     if config.policy.body is not None:
         return  # nobody knows how large it is before it is built
-    distribution = distribution_for(action_space, bins=config.policy.bins)
+    distribution = distribution_for(action_space, bins=config.policy.bins, dtype=getattr(torch, config.dtype))
     outputs = distribution.action_dim if isinstance(distribution, DiagonalGaussian) else distribution.param_dim
     described = sum(rows * columns for rows, columns in pairwise([obs_dim, *config.policy.hidden_sizes, outputs]))
     stored = sum(tensor.numel() for tensor in tensors.values())

@@ -109,6 +109,8 @@ class Trainer:
         make_agent: Callable[..., Agent] = Agent,
         on_update: Callable[[Trainer, UpdateReport], bool | None] | None = None,
     ):
+        if env is not None:
+            check_batch_env(env, config.env.info)
         self.config = config
         self._make_agent = make_agent
         self.on_update = on_update
@@ -139,8 +141,7 @@ class Trainer:
         root, resume = Path(root).absolute(), None if resume is None else Path(resume).absolute()
         self.group = join_group(self.device)
         try:
-            with memory_for("what is trained"):
-                self._build()
+            self._build()
             self._open_run(root, resume, console)
         except BaseException:
             for text in self._unsaid:
@@ -157,8 +158,6 @@ class Trainer:
             try_recording(config.env.for_evaluation)
         self._seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
         self._by_hand = self.env is not None
-        if self.env is not None:
-            check_batch_env(self.env, config.env.info)
         if self.env is None:
             self.env = make_envs(config.env, self._seeds, device=self.device, on_warning=self._warn)
         env = self.env
@@ -168,14 +167,15 @@ class Trainer:
             raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(self._seeds)} here")
         self.action_space = env.single_action_space
         self.observation_space = getattr(env, "unflattened_observation_space", None)  # not of all that is made by hand
-        self.agent = self._make_agent(
-            config,
-            env.single_observation_space,
-            env.single_action_space,
-            num_envs=env.num_envs,
-            group=self.group,
-            device=self.device,
-        )
+        with memory_for("what is trained"):
+            self.agent = self._make_agent(
+                config,
+                env.single_observation_space,
+                env.single_action_space,
+                num_envs=env.num_envs,
+                group=self.group,
+                device=self.device,
+            )
         if self.group.leads and (self._by_hand or config.env.for_evaluation != config.env):
             check_environment(self.agent.policy, config.env, self.action_space)
         if self._origin is not None:
@@ -234,7 +234,8 @@ class Trainer:
         here = self.device.type
         if resume and (began_on := self.run.began_on or here) != here:
             self._say(f"note: this run began on {began_on} and goes on on {here}, which rounds otherwise")
-        if resume and (began_with := self.run.began_with) and (code := code_in_use()) and began_with != code:
+        began_with = self.run.began_with if resume and self.group.leads else None
+        if began_with and (code := code_in_use()) and code != began_with:
             self._say(f"note: this run began with the code of commit {began_with} and goes on with {code}")
         if self.options:
             self._say(f"note: resets are given {self.options} over env.options, as on_update had set")
@@ -280,6 +281,7 @@ class Trainer:
                         self._save_if_due(report)
                     # All processes have to leave the loop together, whoever was told to stop.
                     stop = bool(self.group.all_sum(torch.tensor(float(told or bool(received)))))
+                    del report  # whose batch would lie beside the next one
                 return self._finish(received[0] if received else None)
 
     def record(self, metrics: Mapping[str, float]) -> None:

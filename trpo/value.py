@@ -166,12 +166,12 @@ class AdamFit:
                     self._adam.step(value.theta.vector, gradient, learning_rate)
                     steps += 1
         after = _squared_error(value, obs, target, self.all_sum)
-        looked_at = torch.cat([before, after, self._adam.size().to(after)])
+        looked_at = torch.cat([before, after, self._adam.finite().to(after)])
 
         def finish() -> FitReport:
-            before, count, after, count_after, moments_size = looked_at.tolist()
-            loss_before, loss_after = before / count, after / count_after
-            if math.isfinite(loss_after) and math.isfinite(moments_size):
+            sum_before, count, sum_after, _, moments_are_finite = looked_at.tolist()
+            loss_before, loss_after = sum_before / count, sum_after / count
+            if math.isfinite(loss_after) and moments_are_finite:
                 return FitReport(loss_before, loss_after, steps, refused=0)
             value.theta.assign_(theta)
             self._adam.load_state_dict(moments)
@@ -297,9 +297,9 @@ class Adam:
         correction = math.sqrt(1 - beta2**self.steps)
         return self.epsilon * correction, learning_rate * correction / (1 - beta1**self.steps)
 
-    def size(self) -> Tensor:
-        """Σ m + Σ v [1], which is not finite where one of the moments is not."""
-        return (self._mean.sum() + self._square.sum()).unsqueeze(0)
+    def finite(self) -> Tensor:
+        """Whether all moments are: [1] bool."""
+        return (self._mean.isfinite() & self._square.isfinite()).all().unsqueeze(0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "mean": self._mean.clone(), "square": self._square.clone()}

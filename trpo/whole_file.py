@@ -16,12 +16,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     The folders of `path` are made. What was there stays until then. A link stays one, and what it leads to is written;
     so is a pipe or a device, which gets all at once.
     """
-    path = path.resolve()
     if path.exists() and not (path.is_file() or path.is_dir()):
         with tempfile.TemporaryDirectory() as folder:
             yield (content := Path(folder) / path.name)
             path.write_bytes(content.read_bytes())
         return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
