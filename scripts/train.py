@@ -33,8 +33,7 @@ def main() -> int:
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")
         trust = " --trust-code" if config.policy.body or named_code(config.env) else ""
-        run = RunDirectory(result.directory)
-        print(f"saved in {run}; evaluate it with: {evaluate} {run}{trust}")
+        print(f"saved in {trainer.run}; evaluate it with: {evaluate} {trainer.run}{trust}")
     return result.exit_status
 
 

@@ -355,7 +355,7 @@ class CheckpointConfig(Settings):
     abort_after: int = Field(5, ge=1, description="Consecutive failures to save after which training gives up.")
 
 
-_LARGEST_FLOAT32 = 3.4028235e38
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def _floats(settings: Settings, prefix: str) -> Iterator[tuple[str, float]]:

@@ -16,11 +16,10 @@ import numpy as np
 from trpo.config_file import load_config
 from trpo.errors import UserError, did_you_mean, nearest_path
 from trpo.metric_files import read_table
-from trpo.metrics import TABLES
+from trpo.metrics import PROGRESS_FILE, TABLES
 from trpo.seed_statistics import Array, bootstrap_interval, permutation_p
 
 CONFIG_FILE = "config.yaml"
-PROGRESS_FILE = TABLES[0]  # which every run has
 
 # Settings by which runs are not another experiment: what they are called, where they ran, how they were watched.
 INCIDENTAL = {
@@ -183,14 +182,13 @@ def told_apart(curves: Sequence[Curve]) -> list[Curve]:
         peers = [other.settings for other in curves if (other.env_id, other.name) == (curve.env_id, curve.name)]
         own = [f"{key} {value}" for key, value in curve.settings.items() if any(value != p.get(key) for p in peers)]
         named.append(replace(curve, name=", ".join([curve.name, *own])))
-    folders: dict[tuple[str, str], dict[int, set[str]]] = {}
-    for curve in named:
-        folders.setdefault((curve.env_id, curve.name), {}).setdefault(curve.seed, set()).add(curve.folder)
-
-    def repeated(curve: Curve) -> bool:
-        return any(len(of_seed) > 1 for of_seed in folders[curve.env_id, curve.name].values())
-
-    return [replace(c, name=f"{c.name}, {c.folder}") if c.folder and repeated(c) else c for c in named]
+    first_folder: dict[tuple[str, str, int], str] = {}
+    repeated = {
+        (c.env_id, c.name) for c in named if first_folder.setdefault((c.env_id, c.name, c.seed), c.folder) != c.folder
+    }
+    return [
+        replace(c, name=f"{c.name}, {c.folder}") if c.folder and (c.env_id, c.name) in repeated else c for c in named
+    ]
 
 
 def longest_per_seed(curves: Sequence[Curve]) -> list[Curve]:

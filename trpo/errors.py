@@ -77,7 +77,7 @@ def imported(name: str, *, key: str, kind: type[UserError]) -> Any:
 
 
 @contextlib.contextmanager
-def memory_for(what: str) -> Iterator[None]:
+def memory_needed() -> Iterator[None]:
     """Within, a block of memory that cannot be had is a `UserError`."""
     try:
         yield
@@ -85,7 +85,7 @@ def memory_for(what: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         smaller = "make hidden_sizes, policy.bins, env.num_envs or batch_size smaller"
-        raise UserError(f"{what} does not fit into memory ({gist(error)}): {smaller}") from error
+        raise UserError(f"what is trained does not fit into memory ({gist(error)}): {smaller}") from error
 
 
 def gist(error: Exception) -> str:

@@ -35,8 +35,10 @@ class CsvTable:
     or the column came later. Every row is on its way to the disk when `write` returns.
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, *, resume_step: int | None = None, at_once: bool = True) -> None:
         """Begins a table, or takes up an existing one without the rows beyond `resume_step`.
+
+        With `at_once` off a table that does not exist begins with its first row.
 
         Raises:
             UserError: `path` exists and `resume_step` is None, or `path` is no such table.
@@ -44,11 +46,14 @@ class CsvTable:
         """
         self._path = path
         self._columns, rows = [STEP_COLUMN], list[list[str]]()
+        self._file: AppendFile | None = None
         if path.exists():
             if resume_step is None:
                 raise UserError(f"{path} exists: resume that run, or choose another directory for this one")
             self._columns, rows = read_table(path)
-        self._rewrite(row for row in rows if resume_step is not None and int(row[0]) <= resume_step)
+        elif not at_once:
+            return
+        self._file = self._rewrite(row for row in rows if resume_step is not None and int(row[0]) <= resume_step)
 
     def write(self, values: Mapping[str, float | None], *, env_steps: int) -> None:
         """Appends a row; a tag that is new to the table becomes its last column.
@@ -56,22 +61,24 @@ class CsvTable:
         Raises:
             UserError: such a tag has a line break, and no table would be found again in the file.
         """
-        if new := [tag for tag in values if tag not in self._columns]:
-            if broken := [tag for tag in new if {"\n", "\r"} & {*tag}]:
-                raise UserError(f"the name of a metric has a line break: {broken[0]!r}; write it in one line")
-            self._file.close()
-            _, rows = read_table(self._path)
+        new = [tag for tag in values if tag not in self._columns]
+        if broken := [tag for tag in new if {"\n", "\r"} & {*tag}]:
+            raise UserError(f"the name of a metric has a line break: {broken[0]!r}; write it in one line")
+        if new or self._file is None:
+            self.close()
+            _, rows = read_table(self._path) if self._file else ([], [])
             self._columns += new
-            self._rewrite(row + [""] * len(new) for row in rows)
+            self._file = self._rewrite(row + [""] * len(new) for row in rows)
         cells = ("" if (value := values.get(tag)) is None else repr(value) for tag in self._columns[1:])
         self._file.append(_csv_lines([[str(env_steps), *cells]]))
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _rewrite(self, rows: Iterable[list[str]]) -> None:
+    def _rewrite(self, rows: Iterable[list[str]]) -> AppendFile:
         _replace_file(self._path, _csv_lines([self._columns, *rows]))
-        self._file = AppendFile(self._path)
+        return AppendFile(self._path)
 
 
 class EventFile:

@@ -59,16 +59,14 @@ class MetricsWriter:
                 self._sinks[LOG_FILE] = log = AppendFile(directory / LOG_FILE)
                 opened.callback(log.close)
                 for name in TABLES:
-                    if name == RECORDED_FILE and not (directory / name).exists():
-                        continue  # until there is something to write
-                    self._sinks[name] = table = CsvTable(directory / name, resume_step=resume_step)
+                    at_once = name != RECORDED_FILE  # of most runs nobody records anything
+                    table = CsvTable(directory / name, resume_step=resume_step, at_once=at_once)
+                    self._sinks[name] = table
                     opened.callback(table.close)
                 self._sinks[_EVENTS] = EventFile(directory, resume_step=resume_step)
             except OSError as error:
                 raise UserError(f"cannot write metrics in {directory}: {error.strerror or error}") from error
             opened.pop_all()
-        self._directory = directory
-        self._may_begin_recorded = RECORDED_FILE not in self._sinks
         self._start_step = self._env_steps = resume_step or 0
         self._console: Console | None = None
         if console:
@@ -89,14 +87,7 @@ class MetricsWriter:
 
     def write_recorded(self, metrics: Mapping[str, float | None], *, env_steps: int) -> None:
         """Numbers of a user's: TensorBoard scalars and a row of `recorded.csv`; the display does not show them."""
-        values = {tag: _python_number(value) for tag, value in metrics.items()}
-        if self._may_begin_recorded:
-            self._may_begin_recorded = False
-            try:
-                self._sinks[RECORDED_FILE] = CsvTable(self._directory / RECORDED_FILE)
-            except OSError as error:
-                self._lost(RECORDED_FILE, error)
-        self._write(RECORDED_FILE, values, env_steps)
+        self._write(RECORDED_FILE, metrics, env_steps)
 
     def message(self, text: str) -> None:
         """A line for the console and `log.txt`, such as a warning or why an update was refused."""
@@ -134,13 +125,15 @@ class MetricsWriter:
 
     def _record(self, table: str, metrics: Mapping[str, float | None], env_steps: int) -> None:
         self._env_steps = env_steps
-        values = {tag: _python_number(value) for tag, value in metrics.items()}
-        self._write(table, values, env_steps)
+        values = self._write(table, metrics, env_steps)
         self._show(lambda console: console.update(values, env_steps=env_steps))
 
-    def _write(self, table: str, values: Mapping[str, float | None], env_steps: int) -> None:
+    def _write(self, table: str, metrics: Mapping[str, float | None], env_steps: int) -> dict[str, float | None]:
+        """To the table and TensorBoard; the numbers as plain ones."""
+        values = {tag: _python_number(value) for tag, value in metrics.items()}
         for name in (table, _EVENTS):
             self._attempt(name, lambda sink: sink.write(values, env_steps=env_steps))
+        return values
 
     def _attempt(self, name: str, action: Callable[[Any], None]) -> None:
         """Acts on a file that is still written; drops the file for the rest of the run if that fails."""
@@ -151,10 +144,7 @@ class MetricsWriter:
         except OSError as error:
             with suppress(OSError):
                 self._sinks.pop(name).close()
-            self._lost(name, error)
-
-    def _lost(self, name: str, error: OSError) -> None:
-        self._alert(f"warning: {name} can no longer be written ({error.strerror or error}); training goes on")
+            self._alert(f"warning: {name} can no longer be written ({error.strerror or error}); training goes on")
 
     def _show(self, action: Callable[[Console], None]) -> None:
         """Acts on the console; drops it if its reader is gone (a closed pipe, a log file on a full disk)."""

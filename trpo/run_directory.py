@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -64,15 +65,16 @@ class RunDirectory:
     @property
     def began_on(self) -> str | None:
         """The type of the device that the run began on; None where its record cannot be read."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads(self.meta_file.read_bytes())["device"]).partition(":")[0]
-        return None
+        return self._recorded(lambda record: str(record["device"]).partition(":")[0])
 
     @property
     def began_with(self) -> str | None:
         """`code_in_use` when the run began; None where its record says nothing of it."""
+        return self._recorded(lambda record: _code(record["git"]))
+
+    def _recorded(self, read: Callable[[Any], str | None]) -> str | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return _code(json.loads(self.meta_file.read_bytes())["git"])
+            return read(json.loads(self.meta_file.read_bytes()))
         return None
 
     @property

@@ -31,7 +31,7 @@ from trpo.distributed import join_group, leave_group
 from trpo.envs import make_envs
 from trpo.envs.contract import NEW_EPISODES, BatchEnv, check_batch_env
 from trpo.envs.shard import restart_seed
-from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist, memory_for
+from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist, memory_needed
 from trpo.evaluation import Evaluation, check_environment, evaluate
 from trpo.metric_files import CsvTable
 from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
@@ -167,7 +167,7 @@ class Trainer:
             raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(self._seeds)} here")
         self.action_space = env.single_action_space
         self.observation_space = getattr(env, "unflattened_observation_space", None)  # not of all that is made by hand
-        with memory_for("what is trained"):
+        with memory_needed():
             self.agent = self._make_agent(
                 config,
                 env.single_observation_space,

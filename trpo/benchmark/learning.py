@@ -98,7 +98,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return self.result.exists() and read_result(self.result).get("fingerprint") == self.fingerprint
+        return self.result.exists() and _read_result(self.result).get("fingerprint") == self.fingerprint
 
 
 def plan(
@@ -136,7 +136,7 @@ def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str
         more = f" and {len(others) - 1} more hold results" if len(others) > 1 else " holds the result"
         raise UserError(f"{others[0]}{more} of other settings; give another --out, or delete them first")
     for job in done:
-        if (had := len(read_result(job.result)["returns"])) != episodes:
+        if (had := len(_read_result(job.result)["returns"])) != episodes:
             raise UserError(f"{job.result} holds {had} episodes; give --episodes {had}, another --out, or delete it")
     say(f"{len(jobs)} runs, {len(done)} finished before, {len(todo)} to do, {parallel} at a time")
     failures = []
@@ -147,7 +147,7 @@ def run(jobs: Sequence[Job], *, parallel: int, episodes: int, say: Callable[[str
                 failures.append(f"{job.task} seed {job.config.seed}: {failure}")
                 say(f"FAILED {failures[-1]}")
             else:
-                result = read_result(job.result)
+                result = _read_result(job.result)
                 mean, wall = np.mean(result["returns"]), result["wall_s"]
                 say(f"{job.task} seed {job.config.seed}: last policy {mean:.1f}, {wall:.0f} s")
     return failures
@@ -248,7 +248,7 @@ def _columns(path: Path) -> dict[str, list[float | None]]:
     return {name: [float(row[i]) if row[i] else None for row in rows] for i, name in enumerate(header)}
 
 
-def read_result(file: Path) -> dict[str, Any]:
+def _read_result(file: Path) -> dict[str, Any]:
     """What `_write_result` wrote.
 
     Raises:
@@ -266,7 +266,7 @@ def load_results(out: Path) -> dict[str, list[dict[str, Any]]]:
     """All finished runs under `out`, by task, ordered by seed."""
     results: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(out.glob("*/seed-*.json"), key=lambda f: (f.parent.name, int(f.stem.split("-")[1]))):
-        results.setdefault(file.parent.name, []).append(read_result(file))
+        results.setdefault(file.parent.name, []).append(_read_result(file))
     if not results:
         raise UserError(f"{out}: no results yet; run the benchmark first")
     return results
