@@ -19,8 +19,8 @@ $(VENV)/.ready: requirements.lock pyproject.toml trpo/native/mlp.c
 train: setup
 	$(BIN)/python scripts/train.py --config $(CONFIG) $(ARGS)
 
-test: setup
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## in as many processes as there are cores
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 slow: setup  ## learning checks over several seeds, minutes to hours
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -52,7 +52,7 @@ lowest:  ## the tests with the oldest versions that pyproject.toml allows; of to
 	  | sed -e 's/"//' -e 's/>=/==/' | sort -u > build/lowest/versions.txt
 	build/lowest/bin/pip install --quiet --requirement build/lowest/versions.txt
 	build/lowest/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	build/lowest/bin/python -m pytest -W default $(ARGS)
+	build/lowest/bin/python -m pytest -W default -n auto --dist worksteal $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info trpo/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

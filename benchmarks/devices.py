@@ -6,8 +6,8 @@ Pendulum as tensors (`env.backend: torch`), rollouts of 16 steps, the critic's e
 defaults; Hopper, simulated on the CPU, with the defaults but for the width of the networks; and layers of one's own
 (`policy.body`, `value.body`): Hopper's in torch, and convolutions over pictures. Beside an update stand two floors: its
 matrix products at the best rate that the device reaches, and its operations in the time that starting one takes, of
-which a CUDA graph counts as none. Writes benchmarks/devices.json and .md. `device: auto` (`trpo/device.py`) should
-choose what is clearly faster here.
+which a CUDA graph counts as none. Writes benchmarks/devices.json and .md. `device: auto` (`trpo/runtime/device.py`)
+should choose what is clearly faster here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trpo.benchmark.markdown import milliseconds, number, table
 from trpo.benchmark.ours import temporary_trainer
 from trpo.benchmark.speed import processor
 from trpo.benchmark.work import Numbers, median_seconds, repeat, wait
-from trpo.timers import PhaseTimers
+from trpo.runtime.timers import PhaseTimers
 
 HERE = Path(__file__).parent
 STEPS = 16  # of a rollout
@@ -94,8 +94,8 @@ def took(device: str, function: Callable[[], object], repeats: int) -> float:
 
 def training(config: Config, repeats: int) -> dict[str, Any]:
     with temporary_trainer(config) as trainer:
-        trainer._iteration()  # what is recorded is so in the next one, which is not timed
-        iteration = took(config.device, trainer._iteration, repeats)
+        trainer.iteration()  # what is recorded is so in the next one, which is not timed
+        iteration = took(config.device, trainer.iteration, repeats)
         rollout = took(config.device, trainer.collector.collect, repeats)
     return {
         "device": config.device,
@@ -111,7 +111,7 @@ def training(config: Config, repeats: int) -> dict[str, Any]:
 
 def update(device: str, batch: int, hidden: int, repeats: int) -> Numbers:
     with temporary_trainer(tensors(device, batch // STEPS, hidden)) as trainer:
-        trainer._iteration()  # a normaliser that has seen data, a value function that has been fitted
+        trainer.iteration()  # a normaliser that has seen data, a value function that has been fitted
         agent, (rollout, _) = trainer.agent, trainer.collector.collect()
 
         def whole() -> UpdateReport:

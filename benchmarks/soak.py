@@ -37,11 +37,11 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trpo.checkpoint import checkpoint_paths, load_state, newest_checkpoint
 from trpo.config import Config
-from trpo.config_file import dump_config, load_config
+from trpo.config.file import dump_config, load_config
 from trpo.errors import CheckpointError
-from trpo.run_directory import find_run
+from trpo.run.checkpoint import checkpoint_paths, load_state, newest_checkpoint
+from trpo.run.directory import find_run
 from trpo.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent

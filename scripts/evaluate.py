@@ -9,10 +9,10 @@ from pathlib import Path
 
 from trpo.command_line import CommandParser, at_least, run_command
 from trpo.config import Config, EnvConfig
-from trpo.config_file import dump_config, parse_config
+from trpo.config.file import dump_config, parse_config
 from trpo.errors import UserError
 from trpo.evaluation import Evaluation, evaluate
-from trpo.saved_policy import SavedPolicy, load_policy
+from trpo.run.saved_policy import SavedPolicy, load_policy
 
 
 def main() -> None:

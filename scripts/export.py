@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trpo.command_line import CommandParser, run_command
 from trpo.export import export_onnx
-from trpo.saved_policy import load_policy
+from trpo.run.saved_policy import load_policy
 
 
 def main() -> None:

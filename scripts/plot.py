@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trpo.command_line import CommandParser, run_command
-from trpo.plotting import DEFAULT_METRIC, plot_runs
+from trpo.analysis.plotting import DEFAULT_METRIC, plot_runs
 
 
 def main() -> None:

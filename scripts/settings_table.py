@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trpo.command_line import CommandParser, run_command
+from trpo.config.schema import settings_table
 from trpo.errors import UserError
-from trpo.settings_schema import settings_table
 
 INTRODUCTION = """\
 # Settings
 
-Generated from `trpo/config.py` by `python scripts/settings_table.py`: change the text there.
+Generated from `trpo/config/settings.py` by `python scripts/settings_table.py`: change the text there.
 
 A YAML file lists only departures from these defaults, and `--set key.path=value` departs from the file:
 

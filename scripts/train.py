@@ -11,11 +11,11 @@ from pathlib import Path
 
 from trpo.command_line import CommandParser, run_command
 from trpo.config import Config
-from trpo.config_difference import config_difference
-from trpo.config_file import load_config, parse_config
+from trpo.config.difference import config_difference
+from trpo.config.file import load_config, parse_config
 from trpo.errors import UserError
-from trpo.run_directory import RunDirectory, find_run
-from trpo.saved_policy import named_code
+from trpo.run.directory import RunDirectory, find_run
+from trpo.run.saved_policy import named_code
 from trpo.trainer import Trainer
 
 

@@ -18,7 +18,7 @@ from helpers import seeded
 
 from trpo.config import Config
 from trpo.policy import Policy, build_policy
-from trpo.saved_policy import SavedPolicy, load_policy, save_policy
+from trpo.run.saved_policy import SavedPolicy, load_policy, save_policy
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ from trpo.batch import Batch
 from trpo.config import NaturalGradientConfig
 from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, Ordinal
 from trpo.natural_gradient.explicit import eta_function
-from trpo.networks import MLP
+from trpo.networks.mlp import MLP
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, GivenStdHead, Policy
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trpo.curves import Curve
-from trpo.metrics import MetricsWriter
+from trpo.analysis.curves import Curve
+from trpo.run.metrics import MetricsWriter
 
 RETURN = "rollout/ep_rew_mean"
 

@@ -16,7 +16,7 @@ from pretended_gpu import DEVICE, OnDevice, pretended_gpu, waits
 import trpo.trainer
 from trpo.batch import Batch
 from trpo.config import Config, NaturalGradientConfig
-from trpo.config_file import parse_config
+from trpo.config.file import parse_config
 from trpo.natural_gradient import trust_region_step
 from trpo.policy import build_policy
 

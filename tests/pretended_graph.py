@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import trpo.agent
-import trpo.cuda_graph
 import trpo.envs.torch_native
+import trpo.runtime.cuda_graph
 import trpo.value
 
 _REFUSED = {
@@ -122,7 +122,7 @@ def _recorded(function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> tu
 
 
 def record(function: Callable[..., Any], arguments: tuple[Tensor, ...], first: bool) -> tuple[Callable[[], None], Any]:
-    """`trpo.cuda_graph.record`, pretended."""
+    """`trpo.runtime.cuda_graph.record`, pretended."""
     recording, results = _recorded(function, arguments)
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ def pretend(patch: pytest.MonkeyPatch, *, recorded: bool = True) -> list[int]:
 
     for module in (trpo.agent, trpo.envs.torch_native, trpo.value):
         patch.setattr(module, "can_record", lambda device: True)
-    patch.setattr(trpo.cuda_graph, "record", counted)
+    patch.setattr(trpo.runtime.cuda_graph, "record", counted)
     # Tensors of inference could not be written to from outside, as nobody but these here does.
     patch.setattr(torch, "inference_mode", no_graph)
     if not recorded:
@@ -156,4 +156,4 @@ def pretend(patch: pytest.MonkeyPatch, *, recorded: bool = True) -> list[int]:
 
 def only_call(patch: pytest.MonkeyPatch) -> None:
     """From now on nothing is recorded, neither on a real GPU."""
-    patch.setattr(trpo.cuda_graph.Recorded, "__call__", lambda self, *arguments: self.function(*arguments))
+    patch.setattr(trpo.runtime.cuda_graph.Recorded, "__call__", lambda self, *arguments: self.function(*arguments))

@@ -20,11 +20,11 @@ from trpo.advantages import gae, standardize
 from trpo.agent import Agent
 from trpo.batch import Batch, Rollout
 from trpo.config import Config
-from trpo.distributed import join_group
 from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, trust_region_step
 from trpo.policy import Policy
-from trpo.timers import PhaseTimers
+from trpo.runtime.distributed import join_group
+from trpo.runtime.timers import PhaseTimers
 from trpo.value import explained_variance
 
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from trpo.analysis.seed_statistics import interquartile_mean
 from trpo.benchmark import peer_learning
 from trpo.benchmark.learning import load_results, plan, run, write_tables
 from trpo.benchmark.side_by_side import OUR_ROW, side_by_side
-from trpo.config_file import load_config
-from trpo.cores import worker_count
+from trpo.config.file import load_config
 from trpo.errors import UserError
-from trpo.seed_statistics import interquartile_mean
+from trpo.runtime.cores import worker_count
 
 TINY = """\
 env: {id: CartPole-v1, num_envs: 2}

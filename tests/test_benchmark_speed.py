@@ -18,10 +18,10 @@ from trpo.benchmark.side_by_side import OUR_ROW
 from trpo.benchmark.speed import OURS, SETUPS, TASKS, Child, Extent, plan_speed, run_speed
 from trpo.benchmark.speed_report import best, median_ratio, targets, write_report
 from trpo.benchmark.work import CG_ITERATIONS, MAX_KL, UPDATE_ENVS, UPDATE_TASK
-from trpo.config_file import load_config
+from trpo.config.file import load_config
 from trpo.distributions import DiagonalGaussian
 from trpo.errors import UserError
-from trpo.networks import MLP
+from trpo.networks.mlp import MLP
 
 TINY = Extent(rounds=1, repeats=1, steps=64, batches=(2048,), widths=(64,), envs=(16,))
 

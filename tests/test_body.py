@@ -19,17 +19,17 @@ from helpers import F64, on_gpu, randn, relative_error, seeded, torch_kl
 from test_resume import assert_same_run
 
 from trpo.agent import Agent
-from trpo.checkpoint import load_state
 from trpo.config import Config
-from trpo.config_difference import without_effect
-from trpo.config_file import parse_config
-from trpo.distributed import join_group
+from trpo.config.difference import without_effect
+from trpo.config.file import parse_config
 from trpo.errors import CheckpointError, ConfigError
 from trpo.natural_gradient import fisher_product
 from trpo.natural_gradient.explicit import eta_function, fisher_matrix
-from trpo.networks import BodyAndHead, linearize
+from trpo.networks.network import BodyAndHead, linearize
 from trpo.policy import build_policy
-from trpo.saved_policy import UntrustedCodeError, load_policy
+from trpo.run.checkpoint import load_state
+from trpo.run.saved_policy import UntrustedCodeError, load_policy
+from trpo.runtime.distributed import join_group
 from trpo.trainer import Trainer
 from trpo.value import AdamFit, FitReport, GaussNewtonFit, ValueFunction, build_value
 

@@ -30,8 +30,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from trpo.checkpoint import CheckpointStore, checkpoint_paths, load_state, newest_checkpoint, remove_stale, save_state
 from trpo.errors import CheckpointError
+from trpo.run.checkpoint import (
+    CheckpointStore,
+    checkpoint_paths,
+    load_state,
+    newest_checkpoint,
+    remove_stale,
+    save_state,
+)
 
 SAMPLE = {"weights": torch.arange(6.0).reshape(2, 3), "steps": 12, "random": {"state": 1 << 127, "kind": "PCG64"}}
 
@@ -422,7 +429,7 @@ FULL_DISK = """
     import resource, signal, sys
     from pathlib import Path
     import torch
-    from trpo.checkpoint import CheckpointStore
+    from trpo.run.checkpoint import CheckpointStore
     from trpo.errors import CheckpointError
 
     store = CheckpointStore(Path(sys.argv[1]), keep=1)

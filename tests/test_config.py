@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trpo.config import Config, FractionSchedule, GaeConfig, LearnedStdConfig, PolicyConfig, Schedule, Settings
-from trpo.config_file import dump_config, load_config, parse_config
+from trpo.config.file import dump_config, load_config, parse_config
+from trpo.config.schema import describe, settings_table, words
 from trpo.errors import ConfigError, UserError
-from trpo.settings_schema import describe, settings_table, words
 
 ROOT = Path(__file__).parents[1]
 ENV = "env: {id: X}\n"  # line 1 of most texts below

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from trpo import config_difference as config_difference_module
 from trpo.config import Config
-from trpo.config_difference import config_difference, without_effect
-from trpo.config_file import load_config
-from trpo.settings_schema import branches, schema_at, words
+from trpo.config import difference as config_difference_module
+from trpo.config.difference import config_difference, without_effect
+from trpo.config.file import load_config
+from trpo.config.schema import branches, schema_at, words
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from trpo.benchmark.learning import SUITES
-from trpo.config_file import load_config, parse_config
+from trpo.config.file import load_config, parse_config
 from trpo.natural_gradient import Outcome, StepReport, trust_region_step
-from trpo.saved_policy import load_policy
+from trpo.run.saved_policy import load_policy
 from trpo.trainer import Trainer
 
 DIRECTORY = Path(__file__).parents[1] / "configs"

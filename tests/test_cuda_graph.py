@@ -16,10 +16,11 @@ from helpers import on_gpu, randn
 from torch import Tensor
 
 from trpo.config import Config
-from trpo.config_file import parse_config
-from trpo.cuda_graph import Recorded
+from trpo.config.file import parse_config
 from trpo.envs.torch_classic import TASKS
 from trpo.errors import EnvError
+from trpo.run.messages import Messages
+from trpo.runtime.cuda_graph import Recorded
 from trpo.trainer import Trainer
 from trpo.value import AdamFit, build_value
 
@@ -164,7 +165,7 @@ def goes_back_and_takes_turns(root: Path) -> dict[str, Any]:
             state = copy.deepcopy(one.collector.state_dict())
         if i in (5, 7):
             one.collector.load_state_dict(state)
-        one._iteration(), other._iteration()
+        one.iteration(), other.iteration()
     one.close(), other.close()
     return {"one": state_of(one), "other": state_of(other)}
 
@@ -180,7 +181,7 @@ def meets_a_rollout_that_is_not_finite(root: Path) -> dict[str, Any]:
                 trainer.collector.collect()
             trainer.agent.policy.theta.assign_(theta)
             trainer.collector.begin_anew(trainer.collector.env)
-        trainer._iteration()
+        trainer.iteration()
     trainer.close()
     return state_of(trainer)
 
@@ -265,7 +266,7 @@ def waiting(device: str, root: Path, patch: pytest.MonkeyPatch) -> None:
     expected = trained(SETTINGS["ordinal"], root / "calm", device=device)
     a_task_that_waits(patch)
     said: list[str] = []
-    patch.setattr(Trainer, "_say", lambda self, text: said.append(text))
+    patch.setattr(Messages, "say", lambda self, text: said.append(text))
     assert_same(trained(SETTINGS["ordinal"], root / "waiting", device=device), expected)
     (warning,) = (text for text in said if "CUDA graph" in text)
     assert "what Pendulum-v1 does in a step cannot be recorded" in warning

@@ -10,9 +10,9 @@ import pytest
 from made_runs import RETURN, make_curve, make_run
 from scipy import stats
 
-from trpo.curves import aggregate, endings, find_runs, longest_per_seed, read_curve, read_curves, told_apart
+from trpo.analysis.curves import aggregate, endings, find_runs, longest_per_seed, read_curve, read_curves, told_apart
+from trpo.analysis.seed_statistics import bootstrap_interval, permutation_p
 from trpo.errors import UserError
-from trpo.seed_statistics import bootstrap_interval, permutation_p
 
 # Statistics
 

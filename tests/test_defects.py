@@ -20,7 +20,7 @@ from trpo import agent as agent_module
 from trpo.advantages import standardize
 from trpo.collector import Collector
 from trpo.config import Config
-from trpo.config_file import load_config
+from trpo.config.file import load_config
 from trpo.distributions import DiagonalGaussian
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import UserError

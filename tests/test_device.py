@@ -18,9 +18,9 @@ from helpers import on_gpu, randn, relative_error
 from torch.utils import backend_registration
 
 from trpo.config import Config
-from trpo.device import exact_convolutions, training_device
-from trpo.distributed import Group
 from trpo.errors import UserError
+from trpo.runtime.device import exact_convolutions, training_device
+from trpo.runtime.distributed import Group
 
 CASES = Path(__file__).with_name("on_pretended_gpu.py")
 RUN = "total_steps: 1024, batch_size: 256, dtype: float64, checkpoint: {every_steps: 0}"

@@ -25,11 +25,11 @@ from torch import Tensor
 from trpo.advantages import standardize
 from trpo.batch import Batch
 from trpo.config import AdamFitConfig, GaussNewtonFitConfig
-from trpo.distributed import Group, join_group, leave_group
 from trpo.natural_gradient import trust_region_step
 from trpo.normalizer import ObservationNormalizer, RewardScaler
-from trpo.random_streams import stream_seed
-from trpo.saved_policy import load_policy
+from trpo.run.saved_policy import load_policy
+from trpo.runtime.distributed import Group, join_group, leave_group
+from trpo.runtime.random_streams import stream_seed
 from trpo.value import AdamFit, GaussNewtonFit, ValueFunction, explained_variance
 
 SIZE = 61

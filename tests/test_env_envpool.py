@@ -18,7 +18,7 @@ from fake_envpool import FakePool
 from gymnasium.spaces import Box, Discrete
 
 from trpo.config import Config, EnvConfig, WrapperConfig
-from trpo.config_file import load_config
+from trpo.config.file import load_config
 from trpo.envs import make_envs
 from trpo.envs.contract import BatchEnv
 from trpo.errors import EnvError

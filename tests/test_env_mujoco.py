@@ -29,7 +29,7 @@ from trpo.envs.mujoco_batch import simulations_beside
 from trpo.envs.mujoco_tasks import TASKS
 from trpo.errors import EnvError
 from trpo.evaluation import Evaluation, evaluate
-from trpo.saved_policy import load_policy
+from trpo.run.saved_policy import load_policy
 from trpo.trainer import Trainer
 
 pytest.importorskip("mujoco.batch", reason="MuJoCo before 4.0 has no batch")

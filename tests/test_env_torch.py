@@ -19,7 +19,6 @@ from test_resume import assert_same_run, resume, train
 
 import trpo.collector
 import trpo.trainer
-from trpo.checkpoint import load_state, save_state
 from trpo.collector import Collector
 from trpo.config import Config, EnvConfig, WrapperConfig
 from trpo.envs import make_envs
@@ -28,6 +27,7 @@ from trpo.envs.torch_classic import TASKS
 from trpo.envs.torch_random import stream_keys, uniform
 from trpo.errors import EnvError
 from trpo.policy import Policy, build_policy
+from trpo.run.checkpoint import load_state, save_state
 from trpo.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from trpo.config import EnvConfig
-from trpo.cores import update_threads, worker_count
 from trpo.envs import make_envs
 from trpo.envs.workers import WorkerEnvs, restart_seed
 from trpo.errors import EnvError
+from trpo.runtime.cores import update_threads, worker_count
 
 SEEDS = [20, 21, 22, 23]
 ACTION = torch.zeros(4, 1, dtype=torch.int64)
@@ -105,7 +105,7 @@ class TestWorkers:
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
-        monkeypatch.setattr("trpo.cores._CGROUP", tmp_path)
+        monkeypatch.setattr("trpo.runtime.cores._CGROUP", tmp_path)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         assert worker_count(0, 1000) == workers

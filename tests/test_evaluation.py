@@ -24,7 +24,7 @@ from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import SIDE_BY_SIDE, Evaluation, evaluate
 from trpo.policy import Policy
-from trpo.saved_policy import SavedPolicy
+from trpo.run.saved_policy import SavedPolicy
 from trpo.trainer import Trainer
 from trpo.video import render_headless
 

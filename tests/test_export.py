@@ -19,7 +19,7 @@ from gymnasium import spaces
 from trpo import export
 from trpo.errors import UserError
 from trpo.export import ActingPolicy, export_onnx
-from trpo.saved_policy import SavedPolicy
+from trpo.run.saved_policy import SavedPolicy
 
 OBS_DIM = 6
 SPACES: dict[str, spaces.Space[Any]] = {

@@ -33,17 +33,18 @@ from test_resume import assert_same_run, config, differences, last_state, resume
 
 import trpo.agent
 import trpo.trainer
-from trpo import run_directory
-from trpo.checkpoint import checkpoint_paths, load_state
 from trpo.config import AdamFitConfig, Config
-from trpo.config_file import dump_config, load_config
+from trpo.config.file import dump_config, load_config
 from trpo.distributions import Ordinal
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
-from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
-from trpo.random_streams import stream_seed
-from trpo.run_directory import RunDirectory
-from trpo.saved_policy import load_policy
+from trpo.run import directory as run_directory
+from trpo.run import evaluations
+from trpo.run.checkpoint import checkpoint_paths, load_state
+from trpo.run.directory import RunDirectory
+from trpo.run.metrics import EVALUATIONS_FILE, PROGRESS_FILE
+from trpo.run.saved_policy import load_policy
+from trpo.runtime.random_streams import stream_seed
 from trpo.trainer import Trainer
 from trpo.value import AdamFit, ValueFunction
 
@@ -97,7 +98,7 @@ def worker_config(env_id: str = "Pendulum-v1", *, workers: int = 1, **changes: A
 def updates_of(trainer: Trainer, count: int) -> None:
     """Trains some updates without ending the run."""
     for _ in range(count):
-        trainer._save_if_due(trainer._iteration())
+        trainer._save_if_due(trainer.iteration())
 
 
 @pytest.fixture
@@ -300,7 +301,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(tmp_path: Path, capsys: 
     assert [*(run / "checkpoints").iterdir()] == [old]
     assert differences(load_state(old), saved) == []
     trainer.train()
-    assert trainer.failed_saves_in_a_row == 0
+    assert trainer.autosave.failures_in_a_row == 0
     assert_same_run(undisturbed, run)
 
 
@@ -328,13 +329,13 @@ def test_best_is_the_best_that_could_be_saved(
     """A better policy lost to a full disk must not keep the next one, worse but the best on disk, from being saved."""
     trainer = trainer_of(config(policy=LARGE, evaluation={"every_steps": 0}), tmp_path)
     returns = iter((5.0, 9.0, 7.0))
-    evaluate = trpo.trainer.evaluate
+    evaluate = evaluations.evaluate
 
     def scripted(*args: Any, **options: Any) -> Any:
         result = evaluate(*args, **options)
         return type(result)((next(returns),), result.lengths[:1], result.successes[:0])
 
-    monkeypatch.setattr(trpo.trainer, "evaluate", scripted)
+    monkeypatch.setattr(evaluations, "evaluate", scripted)
     trainer._evaluate(1)
     with file_size_limit(SMALL_DISK):
         trainer._evaluate(1)
@@ -397,8 +398,8 @@ PHASES: dict[str, tuple[Any, str]] = {
     "advantages": (trpo.agent, "gae"),
     "fisher product": (Ordinal, "metric"),
     "line search": (Ordinal, "kl"),
-    "evaluation": (trpo.trainer, "evaluate"),
-    "saving": (trpo.checkpoint, "sync_directory"),
+    "evaluation": (evaluations, "evaluate"),
+    "saving": (trpo.run.checkpoint, "sync_directory"),
 }
 
 
@@ -445,14 +446,14 @@ def test_a_signal_in_the_last_evaluation_lets_the_run_end_well(
     tmp_path: Path, pendulum: Path, monkeypatch: Patch
 ) -> None:
     trainer = Trainer(config("Pendulum-v1"), root=tmp_path, console=False)
-    evaluate = trpo.trainer.evaluate
+    evaluate = evaluations.evaluate
 
     def interrupted(*args: Any, **options: Any) -> Any:
         if trainer.updates == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(trpo.trainer, "evaluate", interrupted)
+    monkeypatch.setattr(evaluations, "evaluate", interrupted)
     result = trainer.train()
     assert result.exit_status == 0 and result.evaluation is not None  # complete: nothing to go on with
     assert_same_run(pendulum, result.directory)
@@ -464,14 +465,10 @@ def killed_while_saving_final(trainer: Trainer, patch: Patch) -> None:
     class Killed(BaseException):
         pass
 
-    save = trainer._save_policy
+    def die(*args: Any, **options: Any) -> None:
+        raise Killed
 
-    def save_or_die(path: Path, *args: Any) -> None:
-        if path.name == "final":
-            raise Killed
-        save(path, *args)
-
-    patch.setattr(trainer, "_save_policy", save_or_die)
+    patch.setattr(trainer.evaluations, "keep_last", die)
     with pytest.raises(Killed):
         trainer.train()
 
@@ -842,7 +839,7 @@ def test_what_an_evaluation_raises_comes_after_a_checkpoint(tmp_path: Path, monk
         raise ZeroDivisionError
 
     trainer = Trainer(config(checkpoint={"every_steps": 0}), root=tmp_path, console=False)
-    monkeypatch.setattr(trpo.trainer, "evaluate", broken)
+    monkeypatch.setattr(evaluations, "evaluate", broken)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert len(checkpoint_paths(trainer.run.checkpoints)) == 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from trpo.config import NaturalGradientConfig
 from trpo.errors import UserError
 from trpo.natural_gradient import KroneckerPreconditioner, conjugate_gradient, fisher_product, trust_region_step
-from trpo.networks import Factors
+from trpo.networks.linearization import Factors
 
 DAMPING = 0.05
 ROUNDING = 1e-10  # float64, condition numbers below 1e4

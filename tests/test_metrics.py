@@ -21,11 +21,11 @@ import pytest
 from rich.console import Console as RichConsole
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trpo.console import LiveConsole, PlainConsole, Progress, open_console
 from trpo.errors import UserError
-from trpo.metric_files import read_table
-from trpo.metrics import MetricsWriter
-from trpo.timers import PhaseTimers
+from trpo.run.console import LiveConsole, PlainConsole, Progress, open_console
+from trpo.run.metric_files import read_table
+from trpo.run.metrics import MetricsWriter
+from trpo.runtime.timers import PhaseTimers
 
 
 class FakeClock:

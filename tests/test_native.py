@@ -25,8 +25,8 @@ from torch import Tensor
 
 from trpo import native
 from trpo.distributions import Ordinal
-from trpo.networks import MLP, MlpLinearization, NativeLinearization
-from trpo.parameters import FlatParameters
+from trpo.networks.mlp import MLP, MlpLinearization, NativeLinearization
+from trpo.networks.parameters import FlatParameters
 
 SOURCE = Path(native.__file__).with_name("mlp.c")
 COMPILER = shutil.which("cc")

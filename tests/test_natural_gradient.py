@@ -45,7 +45,7 @@ from trpo.natural_gradient import (
 from trpo.natural_gradient.explicit import eta_function, fisher_matrix, metric_distance, natural_gradient
 from trpo.natural_gradient.kronecker import HasFactors
 from trpo.natural_gradient.line_search import LineSearchResult, backtracking_line_search
-from trpo.networks import ACTIVATIONS
+from trpo.networks.mlp import ACTIVATIONS
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import Policy
 

@@ -9,9 +9,10 @@ import torch
 from helpers import F64, OBS_DIM, make_mlp, randn, relative_error, seeded
 from torch import Tensor, nn
 
-from trpo.autograd_linearization import AutogradLinearization
-from trpo.networks import ACTIVATIONS, MLP, Linearization, MlpLinearization
-from trpo.parameters import FlatParameters, Layout
+from trpo.networks.autograd_linearization import AutogradLinearization
+from trpo.networks.linearization import Linearization
+from trpo.networks.mlp import ACTIVATIONS, MLP, MlpLinearization
+from trpo.networks.parameters import FlatParameters, Layout
 
 MODULES = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 HIDDEN = [(), (6,), (5, 4, 3)]

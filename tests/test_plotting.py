@@ -14,9 +14,9 @@ import pytest
 from made_runs import RETURN, make_curve, make_run
 from matplotlib.axes import Axes
 
-from trpo import plotting
+from trpo.analysis import plotting
+from trpo.analysis.plotting import draw, plot_runs
 from trpo.errors import UserError
-from trpo.plotting import draw, plot_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -29,7 +29,7 @@ from trpo.config import Config
 from trpo.distributions import DiagonalGaussian
 from trpo.errors import ConfigError
 from trpo.natural_gradient.explicit import eta_function
-from trpo.networks import MLP
+from trpo.networks.mlp import MLP
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import GaussianHead, GivenStdHead, Policy, build_normalizer, build_policy
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trpo.evaluation import evaluate
-from trpo.saved_policy import load_policy
+from trpo.run.saved_policy import load_policy
 
 ROOT = Path(__file__).parents[1] / "pretrained"
 RECORDS = json.loads((ROOT / "index.json").read_text())

@@ -13,14 +13,14 @@ import pytest
 import torch
 from commands import command, config_for, one_line, run_process, run_script
 
-from trpo import run_directory
 from trpo.agent import Agent
-from trpo.checkpoint import load_state, newest_checkpoint
 from trpo.config import Config
-from trpo.config_file import load_config
+from trpo.config.file import load_config
 from trpo.errors import CheckpointError, EnvError, UserError
-from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
-from trpo.saved_policy import load_policy
+from trpo.run import directory as run_directory
+from trpo.run.checkpoint import load_state, newest_checkpoint
+from trpo.run.metrics import EVALUATIONS_FILE, PROGRESS_FILE
+from trpo.run.saved_policy import load_policy
 from trpo.trainer import RunResult, Trainer
 
 UPDATES = 4
@@ -297,7 +297,7 @@ def test_a_failing_evaluation_costs_no_training(tmp_path, monkeypatch):
 
     settings = config(checkpoint={"every_steps": 0})
     with monkeypatch.context() as patch:
-        patch.setattr("trpo.trainer.evaluate", broken)
+        patch.setattr("trpo.run.evaluations.evaluate", broken)
         with pytest.raises(EnvError, match="broke"):
             train(settings, tmp_path)
     (run,) = (tmp_path / "CartPole-v1").iterdir()

@@ -20,12 +20,13 @@ import pytest
 import torch
 from forks import fork
 
-from trpo import native, run_directory
-from trpo.checkpoint import CheckpointStore, load_state, save_state
+from trpo import native
 from trpo.config import Config
-from trpo.config_file import load_config
+from trpo.config.file import load_config
 from trpo.errors import CheckpointError, ConfigError, UserError
-from trpo.run_directory import RunDirectory, RunDirectoryError, find_run
+from trpo.run import directory as run_directory
+from trpo.run.checkpoint import CheckpointStore, load_state, save_state
+from trpo.run.directory import RunDirectory, RunDirectoryError, find_run
 
 
 def config(env_id: str = "Pendulum-v1", **settings: Any) -> Config:

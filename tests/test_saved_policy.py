@@ -23,9 +23,9 @@ from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trpo.checkpoint import load_state, save_state
 from trpo.errors import CheckpointError, EnvError
-from trpo.saved_policy import SavedPolicy, load_policy, save_policy
+from trpo.run.checkpoint import load_state, save_state
+from trpo.run.saved_policy import SavedPolicy, load_policy, save_policy
 
 OBS_DIM = 5
 SPACES: dict[str, spaces.Space[Any]] = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trpo.config import Schedule
-from trpo.random_streams import STREAMS, stream_seed, torch_generator
-from trpo.schedule import cooldown, value_at
+from trpo.config.schedule import cooldown, value_at
+from trpo.runtime.random_streams import STREAMS, stream_seed, torch_generator
 
 LINEAR = Schedule(start=0.02, end=0.005, shape="linear")
 COSINE = Schedule(start=0.02, end=0.005, shape="cosine")

@@ -19,11 +19,11 @@ from commands import PROJECT, Outcome, command, one_line, run_process, run_scrip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trpo.command_line import run_command
-from trpo.checkpoint import checkpoint_paths
-from trpo.config_file import load_config, parse_config
+from trpo.config.file import load_config, parse_config
 from trpo.evaluation import evaluate
-from trpo.random_streams import stream_seed
-from trpo.saved_policy import load_policy
+from trpo.run.checkpoint import checkpoint_paths
+from trpo.run.saved_policy import load_policy
+from trpo.runtime.random_streams import stream_seed
 
 TINY = """\
 env: {id: CartPole-v1, num_envs: 4}

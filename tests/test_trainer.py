@@ -22,19 +22,19 @@ from torch import Tensor
 
 from trpo import native
 from trpo.agent import Agent, UpdateReport
+from trpo.analysis.curves import read_curve
 from trpo.batch import Batch, Rollout
-from trpo.checkpoint import checkpoint_paths
 from trpo.colored_noise import ColoredNoise
 from trpo.config import Config, EnvConfig, EvaluationConfig
-from trpo.config_file import load_config
-from trpo.curves import read_curve
+from trpo.config.file import load_config
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import evaluate
-from trpo.metrics import RECORDED_FILE
 from trpo.natural_gradient import Outcome
-from trpo.random_streams import stream_seed
-from trpo.saved_policy import load_policy
+from trpo.run.checkpoint import checkpoint_paths
+from trpo.run.metrics import RECORDED_FILE
+from trpo.run.saved_policy import load_policy
+from trpo.runtime.random_streams import stream_seed
 from trpo.trainer import Trainer
 
 
@@ -91,7 +91,7 @@ def test_a_run_has_the_same_bits_whatever_the_threads(
     Enough parameters for torch to share their dot products, had it threads to do so.
     """
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr("trpo.cores._CGROUP", tmp_path)
+    monkeypatch.setattr("trpo.runtime.cores._CGROUP", tmp_path)
     before, thetas = torch.get_num_threads(), []
     for count, given in [(1, 1), (2, 2), (3, 3), (0, 4)]:
         config = config_for(
@@ -108,7 +108,7 @@ def test_a_run_has_the_same_bits_whatever_the_threads(
             with closing(Trainer(config, root=tmp_path, console=False)) as source, source.torch_for_training():
                 assert (torch.get_num_threads(), native._threads()) == (1, given)
                 for _ in range(2):
-                    source._iteration()
+                    source.iteration()
                 thetas.append(torch.cat([source.agent.policy.theta.vector, source.agent.value.theta.vector]))
         finally:
             torch.set_num_threads(before)
@@ -121,7 +121,7 @@ def test_torch_has_several_threads_only_where_the_settings_say_so(
 ) -> None:
     """Its numbers depend on them, and by default none do on the machine's cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr("trpo.cores._CGROUP", tmp_path)
+    monkeypatch.setattr("trpo.runtime.cores._CGROUP", tmp_path)
     for count, expected in [(0, (1, 1)), (3, (2, 3))]:  # one fits V
         config = config_for("Pendulum-v1", device="cpu", threads=count, **different)
         with closing(Trainer(config, root=tmp_path, console=False)) as source, source.torch_for_training():
@@ -140,7 +140,7 @@ def test_episodes_that_were_cut_to_stagger_them_are_no_returns(tmp_path: Path) -
     """Pendulum-v1 ends no episode before its 200 steps, but for the first of each environment."""
     with closing(trainer(tmp_path, updates=20)) as source:
         for _ in range(14):
-            source._iteration()
+            source.iteration()
     assert set(source.recent.lengths) == {200}
 
 
@@ -148,7 +148,7 @@ def test_episodes_of_environments_made_by_hand_all_count(tmp_path: Path) -> None
     given = VectorEnvAdapter(gymnasium.make_vec("Pendulum-v1", 2), seed=0)
     config = config_for("Pendulum-v1", env={"id": "Pendulum-v1", "num_envs": 2}, total_steps=2048, batch_size=512)
     with closing(Trainer(config, root=tmp_path, console=False, env=given)) as source:
-        source._iteration()
+        source.iteration()
         assert list(source.recent.lengths) == [200, 200]  # of 256 steps
 
 
@@ -273,7 +273,7 @@ def test_a_given_std_acts_from_its_first_value_to_its_last(tmp_path: Path) -> No
 
         source.collector.collect = observed  # type: ignore[method-assign]
         for _ in range(3):
-            source._iteration()
+            source.iteration()
     assert acted == pytest.approx([0.5, 0.3, 0.1], rel=1e-6)  # float32
 
 
@@ -468,7 +468,7 @@ def test_a_slow_run_is_saved_every_ten_minutes(tmp_path: Path, monkeypatch: pyte
         nonlocal now
         now += 400.0
 
-    monkeypatch.setattr("trpo.trainer.time.monotonic", lambda: now)
+    monkeypatch.setattr("trpo.run.autosave.time.monotonic", lambda: now)
     run = Trainer(trainer_config(6), root=tmp_path, console=False, on_update=ten_minutes_later).train().directory
     # After the updates that find more than 600 s gone since the last time: the second, the fourth; and at the end.
     assert [path.name for path in checkpoint_paths(run / "checkpoints")] == [

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trpo.config import Config
-    from trpo.config_file import load_config
+    from trpo.config.file import load_config
     from trpo.evaluation import evaluate
-    from trpo.saved_policy import SavedPolicy, load_policy
+    from trpo.run.saved_policy import SavedPolicy, load_policy
     from trpo.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -20,10 +20,10 @@ __all__ = ["Config", "SavedPolicy", "Trainer", "evaluate", "load_config", "load_
 
 _HOMES = {
     "Config": "trpo.config",
-    "load_config": "trpo.config_file",
+    "load_config": "trpo.config.file",
     "evaluate": "trpo.evaluation",
-    "SavedPolicy": "trpo.saved_policy",
-    "load_policy": "trpo.saved_policy",
+    "SavedPolicy": "trpo.run.saved_policy",
+    "load_policy": "trpo.run.saved_policy",
     "Trainer": "trpo.trainer",
 }
 

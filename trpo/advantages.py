@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trpo.carried_sums import carried_sums_
-from trpo.reduction import AllSum, one_process
+from trpo.runtime.reduction import AllSum, one_process
 
 
 def gae(

@@ -17,21 +17,21 @@ from torch import Tensor
 
 from trpo import native
 from trpo.advantages import gae, horizon_lambda, standardize
-from trpo.autograd_linearization import twice_differentiable
 from trpo.batch import Batch, Rollout
 from trpo.config import Config, LearnedStdConfig
-from trpo.cores import update_threads
-from trpo.cuda_graph import Recorded, SecondQueue, can_record
-from trpo.distributed import Group
+from trpo.config.schedule import cooldown, value_at
 from trpo.distributions import Ordinal
 from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
+from trpo.networks.autograd_linearization import twice_differentiable
 from trpo.normalizer import RewardScaler
 from trpo.policy import GivenStdHead, build_policy
-from trpo.random_streams import stream_seed, torch_generator
-from trpo.reduction import total_count
-from trpo.schedule import cooldown, value_at
-from trpo.timers import PhaseTimers
+from trpo.runtime.cores import update_threads
+from trpo.runtime.cuda_graph import Recorded, SecondQueue, can_record
+from trpo.runtime.distributed import Group
+from trpo.runtime.random_streams import stream_seed, torch_generator
+from trpo.runtime.reduction import total_count
+from trpo.runtime.timers import PhaseTimers
 from trpo.value import AdamFit, AverageValue, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
 
 

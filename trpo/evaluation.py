@@ -17,6 +17,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from trpo.config import EnvConfig
+from trpo.config.schedule import options_at
 from trpo.envs import make_single_env
 from trpo.envs.mujoco_batch import Simulations, simulations_beside
 from trpo.envs.returned import ReturnError, flag, flat_observation, numbers_of, scalar_reward, success_of
@@ -24,7 +25,6 @@ from trpo.envs.single import close_env, failure
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
 from trpo.policy import Policy
-from trpo.schedule import options_at
 from trpo.video import VideoWriter, check_recordable, check_showable
 
 SIDE_BY_SIDE = 32  # rows of every forward pass, and the most episodes run together

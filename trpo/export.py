@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from trpo.distributions import DiagonalGaussian
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import UserError, gist
-from trpo.saved_policy import SavedPolicy
-from trpo.whole_file import whole_file
+from trpo.run.saved_policy import SavedPolicy
+from trpo.run.whole_file import whole_file
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECK_SIZES = (1, 5, 64)  # batch sizes of the round trip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trpo.carried_sums import carried_sums_
-from trpo.reduction import AllSum, one_process
+from trpo.runtime.reduction import AllSum, one_process
 
 EPSILON = 1e-8  # added to the variance: a constant feature divides by 1e-4, and is clipped
 

@@ -13,22 +13,14 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from trpo.config import Config, LearnedStdConfig, PolicyConfig
+from trpo.config.schedule import value_at
 from trpo.distributions import DiagonalGaussian, Distribution, Ordinal, distribution_for
 from trpo.errors import ConfigError
-from trpo.networks import (
-    MLP,
-    BodyAndHead,
-    ClosedForm,
-    Factors,
-    Linearization,
-    build_network,
-    frozen,
-    in_closed_form,
-    linearize,
-)
+from trpo.networks.linearization import Factors, Linearization
+from trpo.networks.mlp import MLP, ClosedForm
+from trpo.networks.network import BodyAndHead, build_network, frozen, in_closed_form, linearize
+from trpo.networks.parameters import FlatParameters
 from trpo.normalizer import ObservationNormalizer
-from trpo.parameters import FlatParameters
-from trpo.schedule import value_at
 
 
 class Policy(nn.Module):

@@ -6,11 +6,9 @@ import contextlib
 import copy
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +18,42 @@ import torch
 from trpo import native
 from trpo.agent import Agent, UpdateReport
 from trpo.batch import Rollout
-from trpo.checkpoint import CheckpointStore, checkpoint_paths
 from trpo.collector import Collector, Episodes
 from trpo.config import Config
-from trpo.config_difference import config_difference, same_episodes, same_evaluations
-from trpo.config_file import dump_config
-from trpo.device import exact_convolutions, training_device
-from trpo.diagnostics import RecentEpisodes, update_metrics
-from trpo.distributed import join_group, leave_group
+from trpo.config.difference import config_difference, same_episodes, same_evaluations
+from trpo.config.file import dump_config
+from trpo.config.schedule import options_at
 from trpo.envs import make_envs
 from trpo.envs.contract import NEW_EPISODES, BatchEnv, check_batch_env
 from trpo.envs.shard import restart_seed
+from trpo.envs.space_data import encode_observation_space, encode_space
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist, memory_needed
-from trpo.evaluation import Evaluation, check_environment, evaluate
-from trpo.metric_files import CsvTable
-from trpo.metrics import EVALUATIONS_FILE, MetricsWriter
+from trpo.evaluation import Evaluation, check_environment
 from trpo.natural_gradient import StepReport
-from trpo.random_streams import stream_seed, torch_generator
-from trpo.remarks import remarks
-from trpo.run_directory import RunDirectory, RunLock, code_in_use
-from trpo.saved_policy import load_policy, load_starting_policy, save_policy
-from trpo.schedule import options_at
-from trpo.signals import caught_signals
-from trpo.space_data import encode_observation_space, encode_space
-from trpo.state_tree import encode
-from trpo.timers import PhaseTimers
-from trpo.video import VideoError, try_recording
+from trpo.run.autosave import Autosave
+from trpo.run.checkpoint import CheckpointStore, checkpoint_paths
+from trpo.run.diagnostics import RecentEpisodes, update_metrics
+from trpo.run.directory import RunDirectory, RunLock, code_in_use
+from trpo.run.evaluations import Evaluations
+from trpo.run.messages import Messages
+from trpo.run.metric_files import CsvTable
+from trpo.run.metrics import EVALUATIONS_FILE, MetricsWriter
+from trpo.run.remarks import remarks
+from trpo.run.saved_policy import load_starting_policy
+from trpo.run.state_tree import encode
+from trpo.runtime.device import exact_convolutions, training_device
+from trpo.runtime.distributed import join_group, leave_group
+from trpo.runtime.random_streams import stream_seed, torch_generator
+from trpo.runtime.signals import caught_signals
+from trpo.runtime.timers import PhaseTimers
+from trpo.video import try_recording
 
-CHECKPOINT_AFTER_S = 600.0  # a slow environment takes hours for `checkpoint.every_steps`
 FIXED = {  # settings of a run for good
     "batch_size": "whose schedules and end are counted in updates",
     "name": "whose directory has it",
     "seed": "whose random streams go on",
 }
-COUNTERS = ("env_steps", "updates", "elapsed_s", "best_return", "skipped_updates", "nonfinite_in_a_row")
+COUNTERS = ("env_steps", "updates", "elapsed_s", "skipped_updates", "nonfinite_in_a_row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,6 @@ class Trainer:
             checkpoint if there is one process only.
 
     Attributes:
-        evaluation: the latest one, in the leading process, for `on_update` to look at; None before the first, or the
-            first of another task.
         options: what every reset is given beside `env.options`, and over them: for a curriculum that follows what the
             policy can do, from `on_update`. Those of the leading process count. Checkpoints hold them: what JSON can
             hold, and arrays. Evaluations are of `env.options`.
@@ -118,18 +116,11 @@ class Trainer:
         self.env_steps = 0
         self.updates = 0
         self.elapsed_s = 0.0
-        self.best_return = -math.inf
-        self.evaluation: Evaluation | None = None
         self.skipped_updates = 0
         self.nonfinite_in_a_row = 0
-        self.failed_saves_in_a_row = 0
-        self._saved_at_s = time.monotonic()
-        self._saved_at_step = 0
         self.recent = RecentEpisodes(config.env.info)
         self.options: dict[str, Any] = {}
         self._told_options = False
-        self._unsaid: list[str] = []  # until the run is open
-        self._opened = False
         self.env = env
         self._closed = False
         self.writer: MetricsWriter | None = None
@@ -140,12 +131,12 @@ class Trainer:
         # Some simulators change the working directory.
         root, resume = Path(root).absolute(), None if resume is None else Path(resume).absolute()
         self.group = join_group(self.device)
+        self.messages = Messages(self.group)
         try:
             self._build()
             self._open_run(root, resume, console)
         except BaseException:
-            for text in self._unsaid:
-                print(text, file=sys.stderr)
+            self.messages.abandon()
             self.close()
             raise
 
@@ -159,7 +150,7 @@ class Trainer:
         self._seeds = [stream_seed(config.seed, "environments", i) for i in range(shard.start, shard.stop)]
         self._by_hand = self.env is not None
         if self.env is None:
-            self.env = make_envs(config.env, self._seeds, device=self.device, on_warning=self._warn)
+            self.env = make_envs(config.env, self._seeds, device=self.device, on_warning=self.messages.warn)
         env = self.env
         self._tell_options()
         self._restorable = env.exact_resume
@@ -201,54 +192,73 @@ class Trainer:
         directory = self.group.broadcast(str(self.run.path) if self.group.leads else None)
         if not self.group.leads:
             self.run = RunDirectory.open(Path(directory))
-        warn = self._warn if self.group.leads else lambda _: None  # all look at the same checkpoints
-        self.store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep, on_warning=warn)
+        warn = self.messages.warn if self.group.leads else lambda _: None  # all look at the same checkpoints
+        store = CheckpointStore(self.run.checkpoints, keep=self.config.checkpoint.keep, on_warning=warn)
+        self.autosave = Autosave(store, self.config.checkpoint, self.messages)
+        self.evaluations = Evaluations(
+            self.config,
+            self.run,
+            self.messages,
+            action_space=self.action_space,
+            observation_space=self.observation_space,
+        )
         changed = self._take_up(resume) if resume else []
-        unsaid = [text for texts in self.group.gather_objects(self._unsaid) for text in texts]
-        self._unsaid, self._opened = [], True
         if self.group.leads:
-            if resume and self.updates == self.config.updates and not self._is_finished():
-                # It was cut short amid its last evaluation, which is about to be written again.
-                with contextlib.suppress(OSError):  # the writer, next, says it better
-                    CsvTable(self.run.path / EVALUATIONS_FILE, resume_step=self.env_steps - 1).close()
-            self.writer = MetricsWriter(
-                self.run.path,
-                total_steps=self.config.updates * self.config.batch_size,
-                console=console,
-                resume_step=self.env_steps if resume else None,
-            )
-            for text in unsaid:
-                self._say(text)
-            if changed or not resume:
-                self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
-            if resume and self.updates < self.config.updates:
-                self.run.set_final_aside()
-            if changed:
-                self.run.change_config(self.config)
-                self._say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
-                if any(line.startswith("total_steps:") for line in changed):
-                    bound = self.agent.kl_bound(self.progress)
-                    self._say(f"note: schedules run to the new end; the KL of the next update may be {bound:.3g}")
-                if self.best_return == -math.inf and self.run.best.is_dir():
-                    self._say("note: evaluations are of another task from now on, and the first of them replaces best/")
-        here = self.device.type
-        if resume and (began_on := self.run.began_on or here) != here:
-            self._say(f"note: this run began on {began_on} and goes on on {here}, which rounds otherwise")
-        began_with = self.run.began_with if resume and self.group.leads else None
-        if began_with and (code := code_in_use()) and code != began_with:
-            self._say(f"note: this run began with the code of commit {began_with} and goes on with {code}")
+            self.writer = self._open_files(console, resumed=resume is not None)
+        self.messages.open(self.writer, self.group)
+        if self.writer is not None:
+            self._record_settings(self.writer, changed, resumed=resume is not None)
+            for note in self._notes(resumed=resume is not None):
+                self.messages.say(note)
+
+    def _open_files(self, console: bool, *, resumed: bool) -> MetricsWriter:
+        if resumed and self.updates == self.config.updates and not self._is_finished():
+            # It was cut short amid its last evaluation, which is about to be written again.
+            with contextlib.suppress(OSError):  # the writer, next, says it better
+                CsvTable(self.run.path / EVALUATIONS_FILE, resume_step=self.env_steps - 1).close()
+        return MetricsWriter(
+            self.run.path,
+            total_steps=self.config.updates * self.config.batch_size,
+            console=console,
+            resume_step=self.env_steps if resumed else None,
+        )
+
+    def _record_settings(self, writer: MetricsWriter, changed: list[str], *, resumed: bool) -> None:
+        """In the run's files; `changed`: what differs from those it was trained with."""
+        if changed or not resumed:
+            writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
+        if resumed and self.updates < self.config.updates:
+            self.run.set_final_aside()
+        if not changed:
+            return
+        self.run.change_config(self.config)
+        self.messages.say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
+        if any(line.startswith("total_steps:") for line in changed):
+            bound = self.agent.kl_bound(self.progress)
+            self.messages.say(f"note: schedules run to the new end; the KL of the next update may be {bound:.3g}")
+        if self.evaluations.best_return == -math.inf and self.run.best.is_dir():
+            self.messages.say("note: evaluations are of another task from now on, and the first of them replaces best/")
+
+    def _notes(self, *, resumed: bool) -> Iterator[str]:
+        """What is to be said before the first update."""
+        if resumed:
+            here, code = self.device.type, code_in_use()
+            if (began_on := self.run.began_on or here) != here:
+                yield f"note: this run began on {began_on} and goes on on {here}, which rounds otherwise"
+            if code and (began_with := self.run.began_with or code) != code:
+                yield f"note: this run began with the code of commit {began_with} and goes on with {code}"
         if self.options:
-            self._say(f"note: resets are given {self.options} over env.options, as on_update had set")
+            yield f"note: resets are given {self.options} over env.options, as on_update had set"
         if self._origin is not None:
-            self._say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
-        for remark in remarks(self.config, self.agent.policy, self.action_space, new=resume is None):
-            self._say(f"note: {remark}")
+            yield f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}"
+        for remark in remarks(self.config, self.agent.policy, self.action_space, new=not resumed):
+            yield f"note: {remark}"
         if not self._restorable:
-            self._say("note: this environment backend cannot be restored to the bit; a resumed run starts new episodes")
+            yield "note: this environment backend cannot be restored to the bit; a resumed run starts new episodes"
 
     def _take_up(self, resume: Path) -> list[str]:
         """Goes on from the newest checkpoint; the settings that differ from those it was trained with."""
-        found = self.store.newest()
+        found = self.autosave.store.newest()
         if found is None:
             raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
         return self._load_state(*found)
@@ -270,12 +280,12 @@ class Trainer:
         last = self.config.updates if max_updates is None else min(self.config.updates, self.updates + max_updates)
         with contextlib.closing(self), self.torch_for_training(), self._recorded():
             if self._is_finished():
-                self._say("this run is finished already; to go on, raise total_steps")
+                self.messages.say("this run is finished already; to go on, raise total_steps")
                 return RunResult(self.run.path, self.env_steps, None)
             with caught_signals() as received:
                 stop = False
                 while self.updates < last and not stop:
-                    report = self._iteration()
+                    report = self.iteration()
                     told = self._told_to_stop(report)
                     if self.updates < last:  # `_finish` saves after the last one
                         self._save_if_due(report)
@@ -307,7 +317,9 @@ class Trainer:
                 self.writer.failure(error)
                 if (isinstance(error, EnvError) or self.group.size > 1) and checkpoint_paths(self.run.checkpoints):
                     run = self.run
-                    self._say(f"go on from the newest checkpoint with --resume {run}; its log.txt has the traceback")
+                    self.messages.say(
+                        f"go on from the newest checkpoint with --resume {run}; its log.txt has the traceback"
+                    )
             raise
 
     @contextlib.contextmanager
@@ -321,16 +333,16 @@ class Trainer:
         finally:
             torch.set_num_threads(before)
 
-    def _is_finished(self) -> bool:
-        """Whether `final/` holds the policy of the last update: not damaged, nor that of a run since prolonged."""
-        if self.updates != self.config.updates or not self.run.final.is_dir():
-            return False
-        try:
-            return load_policy(self.run.final, trust_code=True).info["env_steps"] == self.env_steps
-        except CheckpointError:
-            return False
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The latest one, in the leading process; None before the first, or the first of another task."""
+        return self.evaluations.latest
 
-    def _iteration(self) -> UpdateReport:
+    def _is_finished(self) -> bool:
+        return self.updates == self.config.updates and self.evaluations.has_last(self.env_steps)
+
+    def iteration(self) -> UpdateReport:
+        """One rollout and update, written down, and the evaluation after it if that is due."""
         started = time.perf_counter()
         timers = PhaseTimers()
         self.agent.set_std(self.progress)
@@ -348,7 +360,7 @@ class Trainer:
         self.elapsed_s += duration
         self._note_outcome(report.step)
         if report.fit.nonfinite:
-            self._say(f"update {self.updates}: the value fit met a non-finite loss or gradient and was undone")
+            self.messages.say(f"update {self.updates}: the value fit met a non-finite loss or gradient and was undone")
         if self.writer is not None:
             metrics: dict[str, float | None] = {
                 **self.recent.metrics(),
@@ -389,7 +401,7 @@ class Trainer:
             self._tell_options()
             return self.collector.collect()
         except Exception:
-            if self.group.size == 1 and self.env_steps > self._saved_at_step:
+            if self.group.size == 1 and self.env_steps > self.autosave.saved_at_step:
                 self._save_checkpoint(episodes=False)
             raise
 
@@ -439,7 +451,7 @@ class Trainer:
             self.nonfinite_in_a_row = 0
             return
         self.skipped_updates += 1
-        self._say(f"update {self.updates} left the policy unchanged: {step.reason}")
+        self.messages.say(f"update {self.updates} left the policy unchanged: {step.reason}")
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if step.numerics_failed else 0
         if self.nonfinite_in_a_row >= self.config.natural_gradient.abort_after:
             self._save_checkpoint()  # none of these updates moved the policy, so that what came before is all there
@@ -454,9 +466,8 @@ class Trainer:
         return every > 0 and self.env_steps // every > (self.env_steps - latest.transitions) // every
 
     def _save_if_due(self, latest: UpdateReport) -> None:
-        every = self.config.checkpoint.every_steps
-        late = time.monotonic() - self._saved_at_s > CHECKPOINT_AFTER_S and every > 0
-        if self._is_due(every, latest) or self.group.broadcast(late):  # clocks differ
+        due = self._is_due(self.config.checkpoint.every_steps, latest)
+        if due or self.group.broadcast(self.autosave.is_late):  # clocks differ
             self._save_checkpoint()
 
     def _evaluate(self, episodes: int) -> Evaluation | None:
@@ -465,38 +476,11 @@ class Trainer:
             return None
         started = time.perf_counter()
         with self._saved_on_error():
-            result = self._run_episodes(episodes)
-        if result.cut:
-            cut = f"{result.cut} of {episodes} episodes were cut after {max(result.lengths)} steps"
-            self._say(f"note: {cut}, evaluation.max_episode_steps: the environment has no time limit")
+            result = self.evaluations.evaluate(self.collector.acting, episodes=episodes, env_steps=self.env_steps)
         self.elapsed_s += time.perf_counter() - started
-        self.evaluation = result
         self.writer.write_evaluation(result.metrics(), env_steps=self.env_steps)
-        if result.mean > self.best_return:
-            try:
-                self._save_policy(self.run.best, result)
-                self.best_return = result.mean
-            except CheckpointError as error:
-                self._say(f"warning: the best policy so far was not saved: {error}")
+        self.evaluations.keep_if_best(self.agent.policy, env_steps=self.env_steps)
         return result
-
-    def _run_episodes(self, episodes: int) -> Evaluation:
-        """Of the policy as it is; a video that cannot be made costs nothing but itself."""
-        settings = self.config.evaluation
-        run = partial(
-            evaluate,
-            self.collector.acting,
-            self.config.env,
-            self.action_space,
-            episodes=episodes,
-            seed=stream_seed(self.config.seed, "evaluation"),
-            max_episode_steps=settings.max_episode_steps,
-        )
-        try:
-            return run(video=self.run.videos / f"step-{self.env_steps:09d}.mp4" if settings.video else None)
-        except VideoError as error:
-            self._say(f"warning: this evaluation has no video: {error}")
-            return run()
 
     def _finish(self, stopped_by: signal.Signals | None) -> RunResult:
         self._save_checkpoint()
@@ -504,35 +488,17 @@ class Trainer:
         if stopped_by is None and self.updates == self.config.updates:
             evaluation = self._evaluate(self.config.evaluation.final_episodes)
             if evaluation is not None:
-                self._save_policy(self.run.final, evaluation)
+                self.evaluations.keep_last(self.agent.policy, env_steps=self.env_steps)
         else:
             why = stopped_by.name if stopped_by else "its caller"
-            self._say(f"stopped by {why} at {self.env_steps} steps; go on with --resume {self.run}")
+            self.messages.say(f"stopped by {why} at {self.env_steps} steps; go on with --resume {self.run}")
         return RunResult(self.run.path, self.env_steps, evaluation, stopped_by)
-
-    def _save_policy(self, path: Path, result: Evaluation) -> None:
-        info = {"env_steps": self.env_steps, "seed": self.config.seed, "evaluation": result.metrics()}
-        policy, config = self.agent.policy, self.config
-        save_policy(path, policy, config, self.action_space, info, observation_space=self.observation_space)
 
     def _save_checkpoint(self, *, episodes: bool = True) -> None:
         """`episodes`: whether the running ones can go on."""
         self.group.assert_equal(self.agent.policy.theta.vector, "the policy")
         self.group.assert_equal(self.agent.value.theta.vector, "the value function")
-        state = self._state(episodes)
-        self._saved_at_s = time.monotonic()  # or tried to: a disk that is full now is not asked again at once
-        self._saved_at_step = self.env_steps
-        if not self.group.leads:
-            return
-        try:
-            self.store.save(state, env_steps=self.env_steps)
-            self.failed_saves_in_a_row = 0
-        except CheckpointError as error:
-            self.failed_saves_in_a_row += 1
-            count = f"failure {self.failed_saves_in_a_row} in a row, given up at {self.config.checkpoint.abort_after}"
-            self._say(f"warning: no checkpoint at {self.env_steps} steps: {error} ({count})")
-            if self.failed_saves_in_a_row >= self.config.checkpoint.abort_after:
-                raise TrainingError(f"{self.failed_saves_in_a_row} checkpoints in a row failed: {error}") from error
+        self.autosave.save(self._state(episodes), env_steps=self.env_steps, leads=self.group.leads)
 
     def _state(self, episodes: bool) -> dict[str, Any]:
         assert self.env is not None
@@ -542,7 +508,10 @@ class Trainer:
             "observation_space": encode_observation_space(self.observation_space),
             "action_space": encode_space(self.action_space),
             "agent": self.agent.state_dict(),
-            "counters": {name: getattr(self, name) for name in COUNTERS},
+            "counters": {
+                **{name: getattr(self, name) for name in COUNTERS},
+                "best_return": self.evaluations.best_return,
+            },
             "options": self.options,
             "evaluation": self.evaluation and asdict(self.evaluation),
             "recent": self.recent.state_dict(),
@@ -556,9 +525,7 @@ class Trainer:
         try:
             saved = Config.model_validate(state["config"])
             changed = config_difference(saved, self.config)
-            for key, why in FIXED.items():
-                if getattr(saved, key) != getattr(self.config, key):
-                    raise UserError(f"{key} cannot change within a run, {why}; go on without it, or start a new run")
+            self._refuse_other(saved)
             if len(state["processes"]) != self.group.size:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
                 raise CheckpointError(f"{path}: {problem}")
@@ -571,10 +538,9 @@ class Trainer:
                 raise UserError(f"{self.run} is finished; {given}")
             if self.updates > self.config.updates:
                 raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
-            if not same_evaluations(saved, self.config):
-                self.best_return = -math.inf
-            elif state["evaluation"] is not None:
-                self.evaluation = Evaluation(**state["evaluation"])
+            if same_evaluations(saved, self.config):
+                self.evaluations.best_return = state["counters"]["best_return"]
+                self.evaluations.latest = state["evaluation"] and Evaluation(**state["evaluation"])
             self.options = state["options"]
             local = state["processes"][self.group.rank]
             collector = local["collector"]
@@ -587,11 +553,17 @@ class Trainer:
             self.collector.load_state_dict(collector)  # first: it shows whether episodes go on
             self.agent.load_local_state_dict(local["agent"], new_episodes=not self.collector.goes_on)
             self.recent.load_state_dict(state["recent"])
-            self._saved_at_step = self.env_steps
+            self.autosave.saved_at_step = self.env_steps
             return changed
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             why = "; ".join([gist(error), *changed])
             raise CheckpointError(f"{path}: does not fit this config ({why})") from error
+
+    def _refuse_other(self, saved: Config) -> None:
+        """Settings that a run with these cannot go on with."""
+        for key, why in FIXED.items():
+            if getattr(saved, key) != getattr(self.config, key):
+                raise UserError(f"{key} cannot change within a run, {why}; go on without it, or start a new run")
 
     def _begin_anew(self, why: str) -> None:
         """New episodes, not those that the run began with, where those of a checkpoint cannot go on."""
@@ -599,24 +571,10 @@ class Trainer:
         if not self._by_hand:
             seeds = [restart_seed(seed, self.env_steps) for seed in self._seeds]
             self.env.close()
-            self.env = make_envs(self.config.env, seeds, device=self.device, on_warning=self._warn)
+            self.env = make_envs(self.config.env, seeds, device=self.device, on_warning=self.messages.warn)
             self._tell_options()
             self.collector.begin_anew(self.env)
-        self._warn(NEW_EPISODES.format(why))
-
-    def _say(self, text: str) -> None:
-        if self.writer is not None:
-            self.writer.message(text)
-
-    def _warn(self, text: str) -> None:
-        """Says what other parts of this process warn of, at once or as soon as there is where."""
-        where = "" if self.group.leads else f"process {self.group.rank}: "
-        if self.writer is not None:
-            self._say(f"warning: {text}")
-        elif self._opened:
-            print(f"{where}warning: {text}", file=sys.stderr)
-        else:
-            self._unsaid.append(f"{where}warning: {text}")
+        self.messages.warn(NEW_EPISODES.format(why))
 
     def close(self) -> None:
         """Frees environments, files and the process group; may be called twice."""

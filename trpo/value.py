@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
-from trpo.cuda_graph import Recorded, Tensors, can_record
 from trpo.native import NativeMlp, adam_step, takes_vectors
 from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
-from trpo.networks import MLP, BodyAndHead, ClosedForm, Linearization, build_network, in_closed_form, linearize
-from trpo.parameters import FlatParameters
-from trpo.reduction import AllSum, one_process, total_count
+from trpo.networks.linearization import Linearization
+from trpo.networks.mlp import MLP, ClosedForm
+from trpo.networks.network import BodyAndHead, build_network, in_closed_form, linearize
+from trpo.networks.parameters import FlatParameters
+from trpo.runtime.cuda_graph import Recorded, Tensors, can_record
+from trpo.runtime.reduction import AllSum, one_process, total_count
 
 
 class ValueFunction(nn.Module):

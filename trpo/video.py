@@ -16,9 +16,9 @@ import gymnasium
 import numpy as np
 
 from trpo.config import EnvConfig
+from trpo.config.schedule import options_at
 from trpo.envs import make_single_env
 from trpo.errors import UserError
-from trpo.schedule import options_at
 
 
 class VideoError(UserError):

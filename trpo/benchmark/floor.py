@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trpo.benchmark.work import wait
-from trpo.cuda_graph import Recorded
+from trpo.runtime.cuda_graph import Recorded
 
 # MKL's, and that of oneDNN, for CPUs, which torch brings along for its compiler: it uses AVX-512 on all processors.
 _PRODUCTS: list[Callable[[Tensor, Tensor], object]] = [torch.mm]

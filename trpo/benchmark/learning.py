@@ -24,19 +24,19 @@ from typing import Any
 
 import numpy as np
 
+from trpo.analysis.curves import Curve
+from trpo.analysis.plotting import draw
+from trpo.analysis.seed_statistics import bootstrap_interval, interquartile_mean
 from trpo.benchmark import peer_learning
 from trpo.benchmark.published import PUBLISHED
 from trpo.config import Config
-from trpo.config_file import dump_config, load_config
-from trpo.curves import Curve
+from trpo.config.file import dump_config, load_config
 from trpo.errors import UserError, gist
 from trpo.evaluation import evaluate
-from trpo.metric_files import read_table
-from trpo.metrics import EVALUATIONS_FILE, PROGRESS_FILE
-from trpo.plotting import draw
-from trpo.run_directory import RunDirectory, find_run
-from trpo.saved_policy import load_policy
-from trpo.seed_statistics import bootstrap_interval, interquartile_mean
+from trpo.run.directory import RunDirectory, find_run
+from trpo.run.metric_files import read_table
+from trpo.run.metrics import EVALUATIONS_FILE, PROGRESS_FILE
+from trpo.run.saved_policy import load_policy
 
 SUITES = {
     "classic": ["pendulum", "cartpole", "acrobot", "mountain_car_continuous"],

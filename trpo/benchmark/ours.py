@@ -36,8 +36,8 @@ from trpo.benchmark.work import (
 from trpo.config import Config, NaturalGradientConfig
 from trpo.envs.contract import BatchEnv
 from trpo.natural_gradient import trust_region_step
-from trpo.run_directory import find_run
-from trpo.timers import PhaseTimers
+from trpo.run.directory import find_run
+from trpo.runtime.timers import PhaseTimers
 from trpo.trainer import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -70,9 +70,9 @@ class Ours:
         environments = {key: value for key, value in setup.items() if key != "threads"}
         make_config = _defaults if recipe else _config
         with temporary_trainer(make_config(task, environments, threads=setup.get("threads", self._threads))) as trainer:
-            trainer._iteration()
+            trainer.iteration()
             before = trainer.env_steps  # counted there: envpool's resets are rows of a batch, but no steps
-            took = seconds(lambda: repeat(trainer._iteration, iterations(steps)))
+            took = seconds(lambda: repeat(trainer.iteration, iterations(steps)))
             rate = (trainer.env_steps - before) / took
             assert trainer.env is not None
             stepping = {"random_steps_per_s": _random_rate(trainer.env, steps)} if random else {}
@@ -82,7 +82,7 @@ class Ours:
         """Rollouts of one number of environments, without updates, against random stepping of the same ones."""
         config = _config(UPDATE_TASK, {"num_envs": envs})
         with temporary_trainer(config) as trainer:
-            trainer._iteration()
+            trainer.iteration()
             count = iterations(steps)
             took = seconds(lambda: repeat(trainer.collector.collect, count))
             assert trainer.env is not None
@@ -106,7 +106,7 @@ class _Update:
 
     def __init__(self, config: Config):
         with temporary_trainer(config) as trainer:
-            trainer._iteration()  # a normaliser that has seen data, a value function that has been fitted
+            trainer.iteration()  # a normaliser that has seen data, a value function that has been fitted
             self.agent = trainer.agent
             self.rollout, _ = trainer.collector.collect()
         self.obs_dim = self.rollout.obs.shape[-1]

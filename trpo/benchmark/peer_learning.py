@@ -20,7 +20,7 @@ from trpo.benchmark.work import versions
 from trpo.config import Config, EnvConfig
 from trpo.errors import UserError
 from trpo.evaluation import evaluate
-from trpo.random_streams import stream_seed
+from trpo.runtime.random_streams import stream_seed
 
 ENVS = 2
 SETTINGS = {

@@ -14,7 +14,6 @@ from gymnasium.spaces.utils import flatdim
 from torch import Tensor
 
 from trpo.config import EnvConfig
-from trpo.cores import worker_count
 from trpo.envs.contract import Step
 from trpo.envs.shard import restart_seed
 from trpo.envs.single import close_env, make_single_env
@@ -22,6 +21,7 @@ from trpo.envs.spaces import flatten_batch
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError
+from trpo.runtime.cores import worker_count
 
 
 class EnvpoolEnvs(VectorEnvAdapter):

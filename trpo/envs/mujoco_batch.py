@@ -19,11 +19,11 @@ import numpy as np
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 from trpo.config import EnvConfig
-from trpo.cores import worker_count
 from trpo.envs.mujoco_tasks import TASKS, Task
 from trpo.envs.spaces import Array
 from trpo.envs.stagger import NEVER
 from trpo.errors import EnvError, raised
+from trpo.runtime.cores import worker_count
 
 _INSTEAD = "set env.backend to gymnasium"
 _TRIAL_STEPS = 8  # a formula that was changed shows in the first; what rare values show is for the tests

@@ -13,13 +13,13 @@ from gymnasium.spaces import Box, Space
 from torch import Tensor
 
 from trpo.config import EnvConfig
-from trpo.cuda_graph import Recorded, Tensors, can_record
 from trpo.envs.contract import Step, check_env_count
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.stagger import first_episode_length
 from trpo.envs.torch_classic import TASKS, TorchTask
 from trpo.envs.torch_random import stream_keys, uniform
 from trpo.errors import EnvError, raised
+from trpo.runtime.cuda_graph import Recorded, Tensors, can_record
 
 _log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from trpo.config import EnvConfig
-from trpo.cores import worker_count
 from trpo.envs.contract import NEW_EPISODES, Step, check_env_count, native_actions
 from trpo.envs.shard import check_same_spaces, restart_seed
 from trpo.envs.spaces import ActionEncoding
 from trpo.envs.step_buffers import EnvSpaces, StepBuffers
 from trpo.envs.worker import Worker, WorkerLost, shared_memory, stop_all
 from trpo.errors import EnvError
+from trpo.runtime.cores import worker_count
 
 _START_S = 60.0  # for imports and constructors, on top of env.timeout_s
 

@@ -18,7 +18,7 @@ from trpo.batch import Batch
 from trpo.natural_gradient.conjugate_gradient import conjugate_gradient
 from trpo.natural_gradient.fisher import fisher_product
 from trpo.natural_gradient.step import PolicyModel
-from trpo.reduction import AllSum, one_process, total_count
+from trpo.runtime.reduction import AllSum, one_process, total_count
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from trpo.distributions import Distribution
-from trpo.networks import Linearization
-from trpo.reduction import AllSum, one_process
+from trpo.networks.linearization import Linearization
+from trpo.runtime.reduction import AllSum, one_process
 
 
 def fisher_product(

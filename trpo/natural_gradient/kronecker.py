@@ -18,8 +18,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from trpo.networks import Factors
-from trpo.reduction import AllSum, one_process
+from trpo.networks.linearization import Factors
+from trpo.runtime.reduction import AllSum, one_process
 
 
 @runtime_checkable

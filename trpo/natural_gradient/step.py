@@ -37,9 +37,9 @@ from trpo.natural_gradient.conjugate_gradient import (
 from trpo.natural_gradient.fisher import fisher_product
 from trpo.natural_gradient.kronecker import HasFactors, KroneckerPreconditioner
 from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
-from trpo.networks import Linearization
-from trpo.parameters import FlatParameters
-from trpo.reduction import AllSum, one_process, total_count
+from trpo.networks.linearization import Linearization
+from trpo.networks.parameters import FlatParameters
+from trpo.runtime.reduction import AllSum, one_process, total_count
 
 Product = Callable[[Tensor], Tensor]  # v ↦ Fv
 
@@ -130,7 +130,7 @@ def blind_direction(
 ) -> Direction:
     """All of a step that comes before its line search, by operations of which none waits for another's result.
 
-    Of one process, the whole batch and without preconditioner. So it can be recorded (`trpo.cuda_graph`).
+    Of one process, the whole batch and without preconditioner. So it can be recorded (`trpo.runtime.cuda_graph`).
     """
     count = float(len(obs))
     linearization, _, gradient = _gradient(policy, obs, action, advantage)

@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from trpo import native
 from trpo.config import Config
-from trpo.config_difference import without_effect
+from trpo.config.difference import without_effect
 from trpo.policy import Policy
 
 IMAGE_SIZE = 64 * 64  # components of an observation that is probably an image, of which these networks know nothing

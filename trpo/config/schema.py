@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
 
-from trpo.config import Config
+from trpo.config.settings import Config
+from trpo.config.strict_yaml import KeyPath, clip, dotted, show
 from trpo.errors import did_you_mean
-from trpo.strict_yaml import KeyPath, clip, dotted, show
 
 Schema: TypeAlias = dict[str, Any]
 

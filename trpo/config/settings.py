@@ -10,78 +10,21 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+
+from trpo.config.schedule import (
+    FractionSchedule,
+    OptionSchedule,
+    Schedule,
+    Scheduled,
+    ScheduledFraction,
+    is_schedule,
+    number_or_schedule,
+)
+from trpo.config.section import Settings, contradiction
 
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
 Activation = Literal["tanh", "relu", "elu", "silu"]
-
-
-class Settings(BaseModel):
-    """Base of all sections: immutable, strict types, unknown keys and non-finite numbers refused."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True, validate_default=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers_of_python(cls, given: Any) -> Any:
-        """Seeds of `numpy.arange`, say, are numbers as well."""
-        if not isinstance(given, dict):
-            return given
-        return {key: value.item() if isinstance(value, np.generic) else value for key, value in given.items()}
-
-
-class Schedule(Settings):
-    """A value that moves from the first update of a run (progress 0) to its last (1): `schedule.value_at`."""
-
-    start: float = Field(gt=0, description="Value at the first update.")
-    end: float = Field(gt=0, description="Value at the last update.")
-    shape: Literal["linear", "cosine", "geometric"] = Field("linear", description="How it moves from start to end.")
-
-    @model_validator(mode="after")
-    def _factors_reach_the_end(self) -> Self:
-        if self.shape == "geometric" and min(self.start, self.end) <= 0:
-            key = "end" if self.end <= 0 else "start"
-            raise _contradiction(key, "must be above 0 for shape geometric: no factors lead there", against="shape")
-        return self
-
-
-class FractionSchedule(Schedule):
-    start: float = Field(ge=0, le=1, description="Value at the first update.")
-    end: float = Field(ge=0, le=1, description="Value at the last update.")
-
-
-class OptionSchedule(Schedule):
-    start: float = Field(description="Value at the first update.")
-    end: float = Field(description="Value at the last update.")
-
-
-def is_schedule(option: object) -> bool:
-    """Whether one of `env.options` is a schedule, and no other mapping."""
-    return isinstance(option, Schedule) or (isinstance(option, dict) and bool({"start", "end"} & option.keys()))
-
-
-def _kind(value: object) -> str:
-    # Chosen here rather than by trial, so that a mistake is reported once, against what was meant.
-    return "schedule" if isinstance(value, dict | Schedule) else "number"
-
-
-Scheduled = Annotated[
-    Annotated[float, Field(gt=0), Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_kind)
-]
-ScheduledFraction = Annotated[
-    Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[FractionSchedule, Tag("schedule")],
-    Discriminator(_kind),
-]
-
-
-def _contradiction(key: str, problem: str, *, against: str) -> PydanticCustomError:
-    """Two settings that exclude each other; `key` is the one to change, both are paths from the validating section."""
-    return PydanticCustomError(
-        "contradiction", "{key}: {problem}", {"key": key, "problem": problem, "against": against}
-    )
 
 
 class WrapperConfig(Settings):
@@ -152,7 +95,7 @@ class EnvConfig(Settings):
                         "missing": "is required: a schedule has start and end",
                         "extra_forbidden": "is no part of a schedule, which has start, end and shape",
                     }.get(problem["type"], problem["msg"].replace("Input should be", "must be"))
-                    raise _contradiction(where, said, against="options") from None
+                    raise contradiction(where, said, against="options") from None
         return self
 
     @property
@@ -172,16 +115,16 @@ class LearnedStdConfig(Settings):
     @model_validator(mode="after")
     def _initial_lies_within(self) -> Self:
         if self.min >= self.max:
-            raise _contradiction("min", f"must be below max {self.max}, not {self.min}", against="max")
+            raise contradiction("min", f"must be below max {self.max}, not {self.min}", against="max")
         if not self.min < self.initial < self.max:
             problem = f"must lie strictly between min {self.min} and max {self.max}, not {self.initial}"
-            raise _contradiction("initial", problem, against="min" if self.initial <= self.min else "max")
+            raise contradiction("initial", problem, against="min" if self.initial <= self.min else "max")
         return self
 
 
 def _std_kind(value: object) -> str:
     learned = isinstance(value, dict) and not {"start", "end", "shape"} & value.keys()
-    return "learned" if learned or isinstance(value, LearnedStdConfig) else _kind(value)
+    return "learned" if learned or isinstance(value, LearnedStdConfig) else number_or_schedule(value)
 
 
 class BodyConfig(Settings):
@@ -330,7 +273,7 @@ class NaturalGradientConfig(Settings):
     def _preconditioner_is_damped(self) -> Self:
         if self.preconditioner is not None and self.damping == 0:
             problem = "must be above 0 with a preconditioner, whose factors may be singular"
-            raise _contradiction("damping", problem, against="preconditioner")
+            raise contradiction("damping", problem, against="preconditioner")
         return self
 
 
@@ -411,10 +354,10 @@ class Config(Settings):
         if remainder := self.batch_size % self.env.num_envs:
             above = self.batch_size - remainder + self.env.num_envs
             problem = f"{self.batch_size} is not a multiple of env.num_envs {self.env.num_envs}; {above} is"
-            raise _contradiction("batch_size", problem, against="env.num_envs")
+            raise contradiction("batch_size", problem, against="env.num_envs")
         if self.batch_size > self.total_steps:
             problem = f"{self.batch_size} is larger than total_steps {self.total_steps}: not one update fits"
-            raise _contradiction("batch_size", problem, against="total_steps")
+            raise contradiction("batch_size", problem, against="total_steps")
         return self
 
     @model_validator(mode="after")
@@ -423,14 +366,14 @@ class Config(Settings):
             for section in ("policy", "value", "normalize", "gae", "natural_gradient"):
                 for key, value in _floats(getattr(self, section), f"{section}."):
                     if abs(value) > _LARGEST_FLOAT32:
-                        raise _contradiction(key, f"{value} is more than a float32 can be", against="dtype")
+                        raise contradiction(key, f"{value} is more than a float32 can be", against="dtype")
         return self
 
     @model_validator(mode="after")
     def _factors_are_of_known_layers(self) -> Self:
         if self.policy.body is not None and self.natural_gradient.preconditioner is not None:
             problem = "must be null with layers of your own, whose factors nobody knows"
-            raise _contradiction("natural_gradient.preconditioner", problem, against="policy.body")
+            raise contradiction("natural_gradient.preconditioner", problem, against="policy.body")
         return self
 
     @property

@@ -24,7 +24,7 @@ import safetensors.torch
 from torch import Tensor
 
 from trpo.errors import CheckpointError
-from trpo.state_tree import State, decode, encode
+from trpo.run.state_tree import State, decode, encode
 
 FORMAT = "trpo-checkpoint"
 SCHEMA = 1

@@ -1,4 +1,4 @@
-"""The linearisation of any module, by automatic differentiation; see `trpo.networks` for what one is."""
+"""The linearisation of any module, by automatic differentiation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trpo.parameters import free_parameters, functional
+from trpo.networks.parameters import free_parameters, functional
 
 
 @contextmanager

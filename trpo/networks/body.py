@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from trpo.config import BodyConfig
 from trpo.errors import ConfigError, imported, raised
+from trpo.networks.autograd_linearization import AutogradLinearization
+from trpo.networks.parameters import free_parameters
 
 
 def make_body(
@@ -34,8 +36,8 @@ def make_body(
         generator: source of its weights, through torch's own generator.
 
     Raises:
-        ConfigError: it cannot be imported or called, or gives no module that fits, or one that is another function from
-            one call to the next: then what acted would not be what is updated.
+        ConfigError: it cannot be imported or called, or gives no module that fits, or one that cannot be differentiated
+            twice, or that is another function from one call to the next: then what acted would not be what is updated.
     """
     name = f"{key}.body: the module of {settings.name}"
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -46,12 +48,15 @@ def make_body(
         body = copy.deepcopy(_made(factory, settings, inputs, key)).to(dtype)
         if any(map(is_lazy, body.parameters())):  # of a copy that is called here: the same weights on every device
             called = copy.deepcopy(body)
-            _looked_at(called, probe(inputs, dtype, torch.device("cpu")), name)
+            _looked_at(called, _probe(inputs, dtype, torch.device("cpu")), name)
             body.load_state_dict(called.state_dict())
-        return body.to(device), _looked_at(body, probe(inputs, dtype, device), name)
+        x = _probe(inputs, dtype, device)
+        features = _looked_at(body.to(device), x, name)
+    _differentiated(body, x, name)
+    return body, features
 
 
-def probe(inputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _probe(inputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Observations [5, `inputs`] to look at a module with, no two alike."""
     return torch.linspace(-1, 1, 5 * inputs, dtype=dtype, device=device).view(5, inputs)
 
@@ -91,3 +96,20 @@ def _looked_at(body: nn.Module, x: Tensor, name: str) -> int:
             "at other rows of a batch (batch normalisation), and what changes when it is called (running statistics)"
         )
     return int(out.shape[1])
+
+
+def _differentiated(body: nn.Module, x: Tensor, name: str) -> None:
+    """Refuses what has no second derivatives, and what has wrong ones and says nothing: ⟨u, Jv⟩ is not ⟨Jᵀu, v⟩."""
+    if not free_parameters(body):
+        return
+    problem = f"{name} cannot be differentiated twice, as Fisher products need"
+    try:
+        linearization = AutogradLinearization(body, x)
+        u = torch.sin(torch.arange(linearization.output.numel()).to(x)).view_as(linearization.output)
+        v = torch.sin(torch.arange(1.0, linearization.size + 1).to(x))
+        forward, backward = u * linearization.jvp(v), linearization.vjp(u) * v
+    except Exception as error:
+        raise ConfigError(f"{problem}: {raised(error)}") from error
+    tolerance = 1e-3 * max(forward.abs().sum(), backward.abs().sum())
+    if not (forward.sum() - backward.sum()).abs() <= tolerance:
+        raise ConfigError(f"{problem}: what it gives for Jv is not what its gradients say")

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from trpo.config_file import load_config
+from trpo.analysis.seed_statistics import Array, bootstrap_interval, permutation_p
+from trpo.config.file import load_config
 from trpo.errors import UserError, did_you_mean, nearest_path
-from trpo.metric_files import read_table
-from trpo.metrics import PROGRESS_FILE, TABLES
-from trpo.seed_statistics import Array, bootstrap_interval, permutation_p
+from trpo.run.metric_files import read_table
+from trpo.run.metrics import PROGRESS_FILE, TABLES
 
 CONFIG_FILE = "config.yaml"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from trpo.console import Console, open_console
 from trpo.errors import UserError
-from trpo.metric_files import AppendFile, CsvTable, EventFile
+from trpo.run.console import Console, open_console
+from trpo.run.metric_files import AppendFile, CsvTable, EventFile
 
 PROGRESS_FILE = "progress.csv"
 EVALUATIONS_FILE = "evaluations.csv"

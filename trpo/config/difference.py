@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from trpo.config import Config, EnvConfig
-from trpo.schedule import options_at
-from trpo.strict_yaml import show
+from trpo.config.schedule import options_at
+from trpo.config.settings import Config, EnvConfig
+from trpo.config.strict_yaml import show
 
 _ABSENT = object()
 _OF_EPISODES = {"id", "kwargs", "wrappers"}  # settings of an environment

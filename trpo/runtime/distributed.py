@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trpo.errors import TrainingError, UserError, gist
-from trpo.reduction import AllSum, one_process
+from trpo.runtime.reduction import AllSum, one_process
 
 CPU = torch.device("cpu")
 

@@ -1,62 +1,18 @@
-"""The multilayer perceptron, its initialisation, and linearisations: f(θ + v) ≈ f(θ) + Jv.
-
-A `Linearization` gives the output f(θ) [B, K] and the two products with the Jacobian J = ∂f/∂θ [B·K, P] from which
-gradients (Jᵀu) and Gauss-Newton products (JᵀMJv) are built. `MlpLinearization` does it in closed form from cached
-activations: one product costs four matrix passes and no graph. `NativeLinearization` is the same, compiled.
-`AutogradLinearization` does it for any module.
-"""
+"""The multilayer perceptron, its initialisation, and its linearisation in closed form, compiled or not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from trpo.autograd_linearization import AutogradLinearization
-from trpo.body import make_body, probe
-from trpo.config import PolicyConfig, ValueConfig
-from trpo.errors import ConfigError, raised
 from trpo.native import NativeActor, NativeMlp, checked
+from trpo.networks.linearization import Factors
+from trpo.networks.parameters import Layout
 from trpo.normalizer import ObservationNormalizer
-from trpo.parameters import Layout, free_parameters
-
-
-class Linearization(Protocol):
-    """f and its Jacobian at one θ and one batch of inputs."""
-
-    output: Tensor  # f(θ) [B, K], detached
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """Jv [B, K] for v [P]."""
-
-    def vjp(self, u: Tensor) -> Tensor:
-        """Jᵀu [P] for u [B, K]: summed, not averaged, over the batch."""
-
-
-class Factors(NamedTuple):
-    """Kronecker factors of one block of θ, summed over a batch: weight [m, n] then bias [m], or a bias alone."""
-
-    inputs: Tensor  # [n + 1, n + 1] Σ h̃h̃ᵀ, h̃ = (h, 1)
-    outputs: Tensor  # [m, m] Σ δδᵀ
-
-
-def frozen(network: nn.Module, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-    """x ↦ network(normalizer(x)) for as long as nothing changes in either.
-
-    A network may offer a `frozen(normalizer)` of its own; it is used only if the same class defines both it and
-    `forward`.
-    """
-    written = [
-        next((kind for kind in type(network).__mro__ if name in vars(kind)), None) for name in ("frozen", "forward")
-    ]
-    if written[0] is None or written[0] is not written[1]:
-        return lambda x: network(normalizer(x))
-    return network.frozen(normalizer)  # type: ignore[operator]
-
 
 # Each activation σ with δ ↦ δ σ′(z), as a function of δ, input z and output h.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
@@ -65,19 +21,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     "elu": (nn.functional.elu, lambda delta, z, h: torch.ops.aten.elu_backward(delta, 1, 1, 1, True, h)),
     "silu": (nn.functional.silu, lambda delta, z, h: torch.ops.aten.silu_backward(delta, z)),
 }
-
-
-def linearize(network: nn.Module, x: Tensor) -> Linearization:
-    """f and its Jacobian at the network's present θ: by autograd, unless the network offers it in closed form and no
-    parameter is frozen, of which closed forms know nothing."""
-    if in_closed_form(network):
-        return cast(Linearization, network.linearize(x))  # type: ignore[operator]
-    return AutogradLinearization(network, x)
-
-
-def in_closed_form(network: nn.Module) -> bool:
-    """Whether `linearize` needs no graph."""
-    return hasattr(network, "linearize") and all(p.requires_grad for p in network.parameters())
 
 
 class MLP(nn.Module):
@@ -96,7 +39,7 @@ class MLP(nn.Module):
         self.native = NativeMlp.of(layers, activation)
         for layer in layers:
             gain = head_scale if layer is layers[-1] else math.sqrt(2)
-            _initialize(layer, gain, generator)
+            initialize_(layer, gain, generator)
 
     @property
     def head(self) -> nn.Linear:
@@ -132,7 +75,7 @@ class MLP(nn.Module):
         return MlpLinearization(self, x)
 
 
-def _initialize(layer: nn.Linear, gain: float, generator: torch.Generator) -> None:
+def initialize_(layer: nn.Linear, gain: float, generator: torch.Generator) -> None:
     """Orthogonal weights, zero biases: the same for a seed however many threads torch has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # or the decomposition within rounds in another way
@@ -141,73 +84,6 @@ def _initialize(layer: nn.Linear, gain: float, generator: torch.Generator) -> No
         nn.init.zeros_(layer.bias)
     finally:
         torch.set_num_threads(threads)
-
-
-class BodyAndHead(nn.Module):
-    """A network of the user's up to the last layer: D → features → K, linear output."""
-
-    def __init__(self, body: nn.Module, features: int, outputs: int, *, head_scale: float, generator: torch.Generator):
-        super().__init__()
-        self.body = body
-        self.head = nn.Linear(features, outputs)
-        _initialize(self.head, head_scale, generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, D] → [B, K]."""
-        return self.head(self.body(x))
-
-
-def build_network(
-    inputs: int,
-    outputs: int,
-    settings: PolicyConfig | ValueConfig,
-    *,
-    key: str,
-    head_scale: float,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator,
-) -> MLP | BodyAndHead:
-    """The network of a config, freshly initialised.
-
-    Args:
-        inputs: D.
-        outputs: K.
-        settings: of the policy or of the value function.
-        key: their name, for messages.
-        head_scale: gain of the orthogonal initialisation of the last layer.
-        dtype: what it computes in.
-        device: where.
-        generator: source of the weights.
-
-    Raises:
-        ConfigError: `settings.body` gives no module that fits, or none that can be differentiated twice.
-    """
-    if settings.body is None:
-        sizes = [inputs, *settings.hidden_sizes, outputs]
-        mlp = MLP(sizes, activation=settings.activation, head_scale=head_scale, generator=generator)
-        return mlp.to(device, dtype)
-    body, features = make_body(settings.body, inputs, key=key, dtype=dtype, device=device, generator=generator)
-    problem = f"{key}.body: the module of {settings.body.name} cannot be differentiated twice, as Fisher products need"
-    try:
-        fits = _products_fit(body, probe(inputs, dtype, device))
-    except Exception as error:
-        raise ConfigError(f"{problem}: {raised(error)}") from error
-    if not fits:
-        raise ConfigError(f"{problem}: what it gives for Jv is not what its gradients say")
-    return BodyAndHead(body, features, outputs, head_scale=head_scale, generator=generator).to(device, dtype)
-
-
-def _products_fit(module: nn.Module, x: Tensor) -> bool:
-    """Whether ⟨u, Jv⟩ = ⟨Jᵀu, v⟩: some operations have second derivatives that are wrong, and say nothing."""
-    if not free_parameters(module):
-        return True
-    linearization = AutogradLinearization(module, x)
-    u = torch.sin(torch.arange(linearization.output.numel()).to(x)).view_as(linearization.output)
-    v = torch.sin(torch.arange(1.0, linearization.size + 1).to(x))
-    forward, backward = u * linearization.jvp(v), linearization.vjp(u) * v
-    tolerance = 1e-3 * max(forward.abs().sum(), backward.abs().sum())
-    return bool((forward.sum() - backward.sum()).abs() <= tolerance)
 
 
 class MlpLinearization:

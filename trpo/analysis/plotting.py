@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trpo.curves import Curve, Ending, aggregate, endings, grouped, read_curves
+from trpo.analysis.curves import Curve, Ending, aggregate, endings, grouped, read_curves
 from trpo.errors import UserError
-from trpo.whole_file import whole_file
+from trpo.run.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,17 +21,17 @@ from gymnasium import spaces
 from gymnasium.spaces.utils import flatdim
 from torch import Tensor
 
-from trpo.checkpoint import MANIFEST_FILE, checkpoint_paths, load_state, newest_checkpoint, save_state
 from trpo.config import Config, EnvConfig, LearnedStdConfig
-from trpo.config_difference import config_difference
-from trpo.device import resolve_device
+from trpo.config.difference import config_difference
 from trpo.distributions import DiagonalGaussian, distribution_for
 from trpo.envs.returned import ReturnError, flattened, kind_of
+from trpo.envs.space_data import decode_space, encode_observation_space, encode_space
 from trpo.envs.spaces import ActionEncoding, is_flat
 from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, gist, nearest_path
 from trpo.policy import Policy, build_policy
-from trpo.run_directory import RunDirectory
-from trpo.space_data import decode_space, encode_observation_space, encode_space
+from trpo.run.checkpoint import MANIFEST_FILE, checkpoint_paths, load_state, newest_checkpoint, save_state
+from trpo.run.directory import RunDirectory
+from trpo.runtime.device import resolve_device
 
 KIND = "trpo policy"
 

@@ -23,11 +23,11 @@ from typing import Any, Self
 import torch
 
 from trpo import native
-from trpo.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
 from trpo.config import Config
-from trpo.config_file import dump_config, load_config
-from trpo.device import training_device
+from trpo.config.file import dump_config, load_config
 from trpo.errors import CheckpointError, UserError
+from trpo.run.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
+from trpo.runtime.device import training_device
 
 _PACKAGES = ("trpo", "torch", "numpy", "gymnasium", "mujoco")
 _held_locks: set[int] = set()  # file descriptors

@@ -9,9 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trpo.config import Config
-from trpo.errors import ConfigError, did_you_mean, nearest_path
-from trpo.settings_schema import (
+from trpo.config.schema import (
     Schema,
     branches,
     describe,
@@ -24,7 +22,8 @@ from trpo.settings_schema import (
     unknown_setting,
     words,
 )
-from trpo.strict_yaml import (
+from trpo.config.settings import Config
+from trpo.config.strict_yaml import (
     BOOLEAN_WORDS,
     MAX_DEPTH,
     KeyPath,
@@ -37,6 +36,7 @@ from trpo.strict_yaml import (
     show,
     write_yaml,
 )
+from trpo.errors import ConfigError, did_you_mean, nearest_path
 
 __all__ = ["dump_config", "load_config", "parse_config"]
 

@@ -1,0 +1,1 @@
+"""What runs have recorded: curves over seeds, statistics, pictures."""

@@ -1,0 +1,1 @@
+"""Processes, devices, threads, seeds, signals and clocks: what a run runs on."""
