@@ -361,10 +361,10 @@ def test_a_copy_in_another_place_finds_its_module_in_the_working_directory(tmp_p
     assert outcome.out.splitlines()[-1].endswith("--trust-code")
 
 
-def test_the_readmes_layers_and_settings_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(# my_layers.py.*?)```", readme, re.DOTALL)
-    (settings,) = re.findall(r"```yaml\n(policy: \{body: .*?)```", readme, re.DOTALL)
+def test_the_layers_and_settings_of_the_docs_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (PROJECT / "docs" / "python.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# my_layers.py.*?)```", page, re.DOTALL)
+    (settings,) = re.findall(r"```yaml\n(policy: \{body: .*?)```", page, re.DOTALL)
     (tmp_path / "my_layers.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_layers", raising=False)  # another test's

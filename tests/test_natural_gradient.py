@@ -450,9 +450,9 @@ def test_a_step_draws_no_random_number_and_leaves_the_batch_alone() -> None:
         assert torch.equal(before, after)
 
 
-def test_the_readmes_example_of_a_network_of_ones_own_works(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (example,) = (part.split("```")[0] for part in readme.split("```python\n") if "trust_region_step" in part)
+def test_the_example_of_a_network_of_ones_own_in_the_docs_works(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    (example,) = (part.split("```")[0] for part in page.split("```python\n") if "trust_region_step" in part)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         exec(example, {})
