@@ -16,9 +16,10 @@ from trpo.batch import Batch
 from trpo.config import NaturalGradientConfig
 from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, Ordinal
 from trpo.natural_gradient.explicit import eta_function
+from trpo.networks.gaussian_heads import GaussianHead, GivenStdHead
 from trpo.networks.mlp import MLP
 from trpo.normalizer import ObservationNormalizer
-from trpo.policy import GaussianHead, GivenStdHead, Policy
+from trpo.policy import Policy
 
 F64 = torch.float64
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import trpo.agent
 import trpo.envs.torch_native
 import trpo.runtime.cuda_graph
-import trpo.value
+import trpo.value.adam
 
 _REFUSED = {
     torch.Tag.data_dependent_output,  # what tells Python a value
@@ -144,7 +144,7 @@ def pretend(patch: pytest.MonkeyPatch, *, recorded: bool = True) -> list[int]:
         count.append(1)
         return record(*args)
 
-    for module in (trpo.agent, trpo.envs.torch_native, trpo.value):
+    for module in (trpo.agent, trpo.envs.torch_native, trpo.value.adam):
         patch.setattr(module, "can_record", lambda device: True)
     patch.setattr(trpo.runtime.cuda_graph, "record", counted)
     # Tensors of inference could not be written to from outside, as nobody but these here does.

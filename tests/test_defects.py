@@ -25,8 +25,9 @@ from trpo.distributions import DiagonalGaussian
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import UserError
 from trpo.natural_gradient import Outcome, StepReport, trust_region_step
+from trpo.networks.gaussian_heads import GaussianHead
 from trpo.normalizer import ObservationNormalizer
-from trpo.policy import GaussianHead, Policy
+from trpo.policy import Policy
 from trpo.trainer import Trainer
 
 # defect: (what went wrong elsewhere, the tests against it)

@@ -29,9 +29,10 @@ from trpo.config import Config
 from trpo.distributions import DiagonalGaussian
 from trpo.errors import ConfigError
 from trpo.natural_gradient.explicit import eta_function
+from trpo.networks.gaussian_heads import GaussianHead, GivenStdHead
 from trpo.networks.mlp import MLP
 from trpo.normalizer import ObservationNormalizer
-from trpo.policy import GaussianHead, GivenStdHead, Policy, build_normalizer, build_policy
+from trpo.policy import Policy, build_normalizer, build_policy
 
 BOUNDS = (0.01, 10.0)
 # Chains of some tens of float64 operations: units of 2.2e-16, taken a thousandfold.

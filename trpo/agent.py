@@ -24,8 +24,9 @@ from trpo.distributions import Ordinal
 from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
 from trpo.networks.autograd_linearization import twice_differentiable
+from trpo.networks.gaussian_heads import GivenStdHead
 from trpo.normalizer import RewardScaler
-from trpo.policy import GivenStdHead, build_policy
+from trpo.policy import build_policy
 from trpo.runtime.cores import update_threads
 from trpo.runtime.cuda_graph import Recorded, SecondQueue, can_record
 from trpo.runtime.distributed import Group

@@ -1,106 +1,24 @@
-"""The value function V(s), the two ways it is fitted to return targets, and its average over updates."""
+"""V fitted by minibatches and Adam."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adam import adam
 
-from trpo.config import AdamFitConfig, Config, GaussNewtonFitConfig
+from trpo.config import AdamFitConfig
 from trpo.native import NativeMlp, adam_step, takes_vectors
-from trpo.natural_gradient.conjugate_gradient import CGStatus, conjugate_gradient
 from trpo.networks.linearization import Linearization
 from trpo.networks.mlp import MLP, ClosedForm
-from trpo.networks.network import BodyAndHead, build_network, in_closed_form, linearize
-from trpo.networks.parameters import FlatParameters
+from trpo.networks.network import in_closed_form, linearize
 from trpo.runtime.cuda_graph import Recorded, Tensors, can_record
 from trpo.runtime.reduction import AllSum, one_process, total_count
-
-
-class ValueFunction(nn.Module):
-    """V(s) for normalised observations, in units of scaled reward."""
-
-    def __init__(self, network: MLP | BodyAndHead):
-        super().__init__()
-        self.network = network
-        self.theta = FlatParameters(self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # As `Policy.__reduce__`.
-        return type(self), (copy.deepcopy(self.network),)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether compiled code does the network."""
-        return isinstance(self.network, MLP) and self.network.compiled
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """[B, D] → [B]."""
-        return self.network(obs).squeeze(-1)
-
-
-class AverageValue:
-    """V̄(s): a value function whose θ is the exponential moving average of V's over updates (Polyak & Juditsky 1992).
-
-    A fit follows the noise of its batch as far as V can bend. From one batch to the next that noise is another and
-    averages out, while what V has learned stays. Advantages and targets are estimated with V̄; fits go on from V.
-
-    Args:
-        value: V before its first fit, which V̄ then equals.
-        decay: of the average per update, in [0, 1); 0: V̄ is V as last fitted.
-    """
-
-    def __init__(self, value: ValueFunction, decay: float):
-        self.decay = decay
-        self.updates = 0
-        self._value = copy.deepcopy(value)
-
-    @torch.no_grad()
-    def __call__(self, obs: Tensor) -> Tensor:
-        """[B, D] → [B]."""
-        return self._value(obs)
-
-    @torch.no_grad()
-    def update(self, value: ValueFunction) -> None:
-        """Takes in V as now fitted. The first 1/(1 − decay) fits count alike, the untrained V not at all."""
-        self.updates += 1
-        weight = max(1 - self.decay, 1 / self.updates)
-        self._value.theta.assign_(torch.lerp(self._value.theta.vector, value.theta.vector, weight))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "theta": self._value.theta.vector.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
-        self._value.theta.assign_(state["theta"])
-
-
-@dataclass(frozen=True, slots=True)
-class FitReport:
-    """How a fit went; losses are mean squared errors over the whole batch, before and after."""
-
-    loss_before: float
-    loss_after: float
-    steps: int  # tried, the refused ones included
-    refused: int  # steps undone because a value was not finite or the loss did not fall
-    nonfinite: bool = False  # whether NaN or infinity was why
-
-
-class ValueFit(Protocol):
-    """A way to move V towards targets. State (moments, if any) survives from update to update and is checkpointed."""
-
-    def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
-        """Fits V(obs [B, D]) to target [B]; `progress` ∈ [0, 1] drives schedules."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from trpo.value.fit import FitReport
+from trpo.value.function import ValueFunction, squared_error
 
 
 class AdamFit:
@@ -138,7 +56,7 @@ class AdamFit:
     ) -> Callable[[], FitReport]:
         if len(self._linearizations) > 2:  # batches vary in size where rows are resets, and each has sizes of its own
             self._linearizations.clear()
-        before = _squared_error(value, obs, target, self.all_sum)
+        before = squared_error(value, obs, target, self.all_sum)
         theta, moments = value.theta.vector.clone(), self._adam.state_dict()
         # Counted over all processes, so that each takes the same number of steps whatever its share.
         total = total_count(len(obs), self.all_sum)
@@ -167,7 +85,7 @@ class AdamFit:
                     gradient = self._gradient(value, x, y, count, self._linearizations)
                     self._adam.step(value.theta.vector, gradient, learning_rate)
                     steps += 1
-        after = _squared_error(value, obs, target, self.all_sum)
+        after = squared_error(value, obs, target, self.all_sum)
         looked_at = torch.cat([before, after, self._adam.finite().to(after)])
 
         def finish() -> FitReport:
@@ -310,97 +228,3 @@ class Adam:
         self.steps = state["steps"]
         self._mean.copy_(state["mean"])
         self._square.copy_(state["square"])
-
-
-class GaussNewtonFit:
-    """A few damped Gauss-Newton steps on the squared error, with the policy's own Jacobian products and CG.
-
-        (JᵀJ/B + λI) x = −Jᵀe/B,   e = V − target        (Nocedal & Wright 2006, §10.3)
-
-    Each step is halved until the loss on the batch falls, and given up (θ restored bitwise) if it never does.
-    """
-
-    def __init__(self, settings: GaussNewtonFitConfig, *, all_sum: AllSum = one_process):
-        self.settings = settings
-        self.all_sum = all_sum
-
-    @torch.no_grad()
-    def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
-        count = total_count(len(obs), self.all_sum)
-        before = loss = mean_squared_error(value, obs, target, self.all_sum)
-        for step in range(1, self.settings.iterations + 1):
-            new = self._step(value, obs, target, loss, count)
-            if not new < loss:
-                return FitReport(before, loss, step, refused=1, nonfinite=not math.isfinite(new))
-            loss = new
-        return FitReport(before, loss, self.settings.iterations, refused=0)
-
-    def _step(self, value: ValueFunction, obs: Tensor, target: Tensor, loss: float, count: float) -> float:
-        """One step; the loss after it. Not below `loss`, or NaN, if the step was refused and undone."""
-        linearization = linearize(value.network, obs)
-        error = linearization.output.squeeze(-1) - target
-        descent = self.all_sum(linearization.vjp(-error.unsqueeze(-1))).div_(count)
-        if not math.isfinite(float(descent.norm())):
-            return math.nan
-
-        def product(v: Tensor) -> Tensor:
-            curvature = self.all_sum(linearization.vjp(linearization.jvp(v))).div_(count)
-            return curvature.add_(v, alpha=self.settings.damping)
-
-        cg = conjugate_gradient(product, descent, max_iterations=self.settings.cg_iterations)
-        if cg.status is CGStatus.NONFINITE:
-            return math.nan
-        theta = value.theta.vector.clone()
-        for k in range(self.settings.backtracks + 1):
-            value.theta.assign_(torch.add(theta, cg.x, alpha=0.5**k))
-            new = mean_squared_error(value, obs, target, self.all_sum)
-            if new < loss:  # False for NaN
-                return new
-        value.theta.assign_(theta)
-        return new
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-@torch.no_grad()
-def mean_squared_error(value: ValueFunction, obs: Tensor, target: Tensor, all_sum: AllSum = one_process) -> float:
-    """E[(V(s) − target)²] over all processes."""
-    total, count = _squared_error(value, obs, target, all_sum).tolist()
-    return total / count
-
-
-@torch.no_grad()
-def _squared_error(value: ValueFunction, obs: Tensor, target: Tensor, all_sum: AllSum) -> Tensor:
-    """Σ (V(s) − target)² and the number of samples, over all processes: [2] float64."""
-    error = (value(obs) - target).square().sum(dtype=torch.float64)
-    return all_sum(torch.stack([error, error.new_full((), len(obs))]))
-
-
-def explained_variance(prediction: Tensor, target: Tensor, all_sum: AllSum = one_process) -> float:
-    """1 − Var[target − prediction] / Var[target]: 1 is perfect, 0 a constant's; NaN for constant targets."""
-    error, target = (target - prediction).double(), target.double()
-    count = torch.full_like(target.sum(), float(len(target)))
-    sums = torch.stack([error.sum(), error.square().sum(), target.sum(), target.square().sum(), count])
-    e1, e2, t1, t2, n = all_sum(sums).tolist()
-    variance = t2 / n - (t1 / n) ** 2
-    return 1 - (e2 / n - (e1 / n) ** 2) / variance if variance > 1e-12 * max(t2 / n, 1e-300) else math.nan
-
-
-def build_value(config: Config, obs_dim: int, *, generator: torch.Generator, device: torch.device) -> ValueFunction:
-    """A freshly initialised value function for flat observations [D]."""
-    settings = config.value
-    network = build_network(
-        obs_dim,
-        1,
-        settings,
-        key="value",
-        head_scale=1.0,
-        dtype=getattr(torch, config.dtype),
-        device=device,
-        generator=generator,
-    )
-    return ValueFunction(network)
