@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trpo import native
 from trpo.carried_sums import carried_sums_
+from trpo.native import library
 
 
 def solved(x: Tensor, carry: Tensor, *, reverse: bool) -> Tensor:
@@ -34,7 +35,7 @@ def test_they_solve_their_recurrence(
     compiled: bool,
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(native, "_LIBRARY", None)
+        monkeypatch.setattr(library, "LIBRARY", None)
     x, carry = randn(*shape), randn(shape[0] - 1, *shape[1:], seed=1).clamp(-0.95, 0.95)
     given, c = x.to(dtype, copy=True), carry.to(dtype)
     before = c.clone()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trpo import native
 from trpo.distributions import Ordinal
+from trpo.native import library
 from trpo.networks.mlp import MLP, MlpLinearization, NativeLinearization
 from trpo.networks.parameters import FlatParameters
 
@@ -52,23 +53,23 @@ needs_native = pytest.mark.skipif(not native.available(), reason="the compiled f
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """mlp.c as compiled for each kind of processor that this one can stand for."""
-    found = {"installed": native._LIBRARY}
+    found = {"installed": library.LIBRARY}
     for name, flags in MACHINES.items():
         if flags is None or COMPILER is None or (flags and platform.machine() != "x86_64"):
             continue
         file = tmp_path_factory.mktemp("native") / f"{name}.so"
         built = subprocess.run([COMPILER, *FLAGS, *flags, str(SOURCE), "-o", str(file)], check="--param" not in flags)
         if built.returncode == 0:  # else the compiler does not know the parameter
-            found[name] = native._load(str(file))
+            found[name] = library.load(str(file))
     return found
 
 
 @pytest.fixture(params=MACHINES)
 def machine(request: pytest.FixtureRequest, libraries: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    library = libraries.get(request.param)
-    if library is None:
+    loaded = libraries.get(request.param)
+    if loaded is None:
         pytest.skip("not built, or not for this processor")
-    monkeypatch.setattr(native, "_LIBRARY", library)
+    monkeypatch.setattr(library, "LIBRARY", loaded)
 
 
 @pytest.fixture(autouse=True)
@@ -387,6 +388,7 @@ import os, torch
 torch.set_num_threads(1)
 from test_native import everything
 from trpo import native
+from trpo.native import library
 def more(): everything(1000); return len(os.listdir("/proc/self/task")) - before
 everything(1000); before = len(os.listdir("/proc/self/task"))
 counts = [more()]
@@ -394,9 +396,9 @@ with native.spare_threads(2):
     with native.spare_threads(-1) as over:
         counts.append(more()); over(); counts.append(more())
     counts.append(more())
-with native.spare_threads(-3): few = native._threads()
-with native.spare_threads(1000): many = native._threads()
-print(counts, few, native._threads(), many)
+with native.spare_threads(-3): few = library.threads()
+with native.spare_threads(1000): many = library.threads()
+print(counts, few, library.threads(), many)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -466,7 +468,7 @@ def test_torch_does_what_the_compiled_functions_cannot(monkeypatch: pytest.Monke
             mlp(x[:, :2])
         with pytest.raises(RuntimeError, match="dtype"):
             exact(x)
-        monkeypatch.setattr(native, "_LIBRARY", None)
+        monkeypatch.setattr(library, "LIBRARY", None)
         assert isinstance(mlp.linearize(x), MlpLinearization)
 
 
@@ -551,17 +553,17 @@ def test_an_installation_with_a_compiler_has_them_and_the_environment_can_leave_
 
 
 def test_a_file_that_is_no_library_or_of_another_version_is_left_out(tmp_path: Path) -> None:
-    assert native._load(None) is None
-    assert native._load(str(tmp_path / "missing.so")) is None
+    assert library.load(None) is None
+    assert library.load(str(tmp_path / "missing.so")) is None
     (tmp_path / "text.so").write_text("text")
-    assert native._load(str(tmp_path / "text.so")) is None
+    assert library.load(str(tmp_path / "text.so")) is None
     if COMPILER is not None:
         for i, source in enumerate(("int mlp_version(void) { return 0; }", "int other(void) { return 0; }")):
             (tmp_path / f"{i}.c").write_text(source)
             subprocess.run(
                 [COMPILER, "-shared", "-fPIC", str(tmp_path / f"{i}.c"), "-o", str(tmp_path / f"{i}.so")], check=True
             )
-            assert native._load(str(tmp_path / f"{i}.so")) is None
+            assert library.load(str(tmp_path / f"{i}.so")) is None
 
 
 @pytest.mark.usefixtures("machine")

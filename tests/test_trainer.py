@@ -30,6 +30,7 @@ from trpo.config.file import load_config
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import evaluate
+from trpo.native import library
 from trpo.natural_gradient import Outcome
 from trpo.run.checkpoint import checkpoint_paths
 from trpo.run.metrics import RECORDED_FILE
@@ -106,7 +107,7 @@ def test_a_run_has_the_same_bits_whatever_the_threads(
         torch.set_num_threads(given)
         try:
             with closing(Trainer(config, root=tmp_path, console=False)) as source, source.torch_for_training():
-                assert (torch.get_num_threads(), native._threads()) == (1, given)
+                assert (torch.get_num_threads(), library.threads()) == (1, given)
                 for _ in range(2):
                     source.iteration()
                 thetas.append(torch.cat([source.agent.policy.theta.vector, source.agent.value.theta.vector]))
@@ -125,7 +126,7 @@ def test_torch_has_several_threads_only_where_the_settings_say_so(
     for count, expected in [(0, (1, 1)), (3, (2, 3))]:  # one fits V
         config = config_for("Pendulum-v1", device="cpu", threads=count, **different)
         with closing(Trainer(config, root=tmp_path, console=False)) as source, source.torch_for_training():
-            assert (torch.get_num_threads(), native._threads()) == expected
+            assert (torch.get_num_threads(), library.threads()) == expected
 
 
 def test_a_closed_trainer_does_not_train_on(tmp_path: Path) -> None:
