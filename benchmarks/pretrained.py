@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trpo.benchmark.learning import load_results
+from trpo.benchmark.learning_results import load_results
 
 HERE = Path(__file__).parent
 

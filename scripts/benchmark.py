@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from trpo.command_line import CommandParser, at_least, run_command
-from trpo.benchmark.learning import AGENTS, SUITES, plan, run, write_tables
+from trpo.benchmark.learning import SUITES, plan, run
+from trpo.benchmark.learning_results import AGENTS, write_tables
 from trpo.benchmark.side_by_side import side_by_side
 from trpo.benchmark.speed import PARTS, QUICK, TASKS, Extent, run_speed
 from trpo.errors import UserError

@@ -15,7 +15,7 @@ from trpo.config.difference import config_difference
 from trpo.config.file import load_config, parse_config
 from trpo.errors import UserError
 from trpo.run.directory import RunDirectory, find_run
-from trpo.run.saved_policy import named_code
+from trpo.run.trust import named_code
 from trpo.trainer import Trainer
 
 

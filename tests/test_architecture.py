@@ -18,7 +18,7 @@ LAYERS = (
     {"carried_sums", "command_line", "config", "distributions"},
     {"runtime"},
     {"advantages", "envs", "normalizer"},
-    {"networks", "video"},
+    {"networks"},
     {"natural_gradient", "policy"},
     {"collector", "evaluation", "value"},
     {"agent"},

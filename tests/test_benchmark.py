@@ -15,7 +15,8 @@ import torch
 
 from trpo.analysis.seed_statistics import interquartile_mean
 from trpo.benchmark import peer_learning
-from trpo.benchmark.learning import load_results, plan, run, write_tables
+from trpo.benchmark.learning import plan, run
+from trpo.benchmark.learning_results import load_results, write_tables
 from trpo.benchmark.side_by_side import OUR_ROW, side_by_side
 from trpo.config.file import load_config
 from trpo.errors import UserError

@@ -28,7 +28,8 @@ from trpo.natural_gradient.explicit import eta_function, fisher_matrix
 from trpo.networks.network import BodyAndHead, linearize
 from trpo.policy import build_policy
 from trpo.run.checkpoint import load_state
-from trpo.run.saved_policy import UntrustedCodeError, load_policy
+from trpo.run.saved_policy import load_policy
+from trpo.run.trust import UntrustedCodeError
 from trpo.runtime.distributed import join_group
 from trpo.trainer import Trainer
 from trpo.value import AdamFit, FitReport, GaussNewtonFit, ValueFunction, build_value

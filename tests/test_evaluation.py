@@ -23,10 +23,10 @@ from trpo.envs import make_single_env
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError, UserError
 from trpo.evaluation import SIDE_BY_SIDE, Evaluation, evaluate
+from trpo.evaluation.video import render_headless
 from trpo.policy import Policy
 from trpo.run.saved_policy import SavedPolicy
 from trpo.trainer import Trainer
-from trpo.video import render_headless
 
 HERE = Path(__file__).resolve().parent
 
@@ -474,7 +474,7 @@ def test_no_more_environments_are_alive_than_training_has(monkeypatch):
 
     policy, env, space = policy_for("EvaluationTask-v0")
     together = evaluate(policy, env, space, episodes=7, seed=4, deterministic=False)
-    monkeypatch.setattr("trpo.evaluation.make_single_env", counted)
+    monkeypatch.setattr("trpo.evaluation.returns.make_single_env", counted)
     few = evaluate(policy, env.model_copy(update={"num_envs": 3}), space, episodes=7, seed=4, deterministic=False)
     assert (alive, most) == (0, 3) and few == together
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trpo.benchmark.learning import load_results, plan, run
+from trpo.benchmark.learning import plan, run
+from trpo.benchmark.learning_results import load_results
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

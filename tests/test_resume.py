@@ -17,7 +17,7 @@ from trpo.agent import Agent
 from trpo.config import Config
 from trpo.config.file import load_config
 from trpo.errors import CheckpointError, EnvError, UserError
-from trpo.run import directory as run_directory
+from trpo.run import record
 from trpo.run.checkpoint import load_state, newest_checkpoint
 from trpo.run.metrics import EVALUATIONS_FILE, PROGRESS_FILE
 from trpo.run.saved_policy import load_policy
@@ -248,7 +248,7 @@ def test_a_run_that_goes_on_on_another_device_says_so(record, said, tmp_path):
     ],
 )
 def test_a_run_that_goes_on_with_other_code_says_so(git, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "_git_state", lambda package: {"revision": "fedcba9876543210", "dirty": False})
+    monkeypatch.setattr(record, "_git_state", lambda package: {"revision": "fedcba9876543210", "dirty": False})
     run = train(config(), tmp_path, max_updates=1).directory
     if git != "the same":
         meta = json.loads((run / "meta.json").read_text())

@@ -25,6 +25,7 @@ from trpo.config import Config
 from trpo.config.file import load_config
 from trpo.errors import CheckpointError, ConfigError, UserError
 from trpo.run import directory as run_directory
+from trpo.run import record
 from trpo.run.checkpoint import CheckpointStore, load_state, save_state
 from trpo.run.directory import RunDirectory, RunDirectoryError, find_run
 
@@ -124,7 +125,7 @@ def test_meta_records_the_circumstances_and_not_the_host(tmp_path: Path, monkeyp
 
 
 def test_a_package_that_is_not_installed_has_no_version() -> None:
-    assert run_directory._version("no-such-package-anywhere") is None
+    assert record._version("no-such-package-anywhere") is None
 
 
 def test_a_file_in_the_way_is_one_clear_line(tmp_path: Path) -> None:
@@ -172,26 +173,26 @@ def test_the_revision_and_whether_it_was_changed(tmp_path: Path, monkeypatch: py
     package = tmp_path / "trpo"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    assert run_directory._git_state(package) is None
+    assert record._git_state(package) is None
     git(tmp_path, "init", "-q")
-    assert run_directory._git_state(package) is None  # no revision, and the package is not tracked
+    assert record._git_state(package) is None  # no revision, and the package is not tracked
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "one")
     revision = git(tmp_path, "rev-parse", "HEAD")
     (tmp_path / "untracked").write_text("")
     monkeypatch.setenv("GIT_DIR", "/nonexistent")  # as in a hook of another repository
-    assert run_directory._git_state(package) == {"revision": revision, "dirty": False}
+    assert record._git_state(package) == {"revision": revision, "dirty": False}
     (package / "__init__.py").write_text("changed")
-    assert run_directory._git_state(package) == {"revision": revision, "dirty": True}
+    assert record._git_state(package) == {"revision": revision, "dirty": True}
     installed = tmp_path / "site-packages"
     installed.mkdir()
     (installed / "__init__.py").write_text("")
-    assert run_directory._git_state(installed) is None  # a copy inside somebody else's checkout
+    assert record._git_state(installed) is None  # a copy inside somebody else's checkout
 
 
 def test_no_git_is_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run_directory._git_state(Path(run_directory.__file__).parent) is None
+    assert record._git_state(Path(record.__file__).parent) is None
 
 
 # --- lock ---

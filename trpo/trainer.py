@@ -29,15 +29,17 @@ from trpo.envs.shard import restart_seed
 from trpo.envs.space_data import encode_observation_space, encode_space
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist, memory_needed
 from trpo.evaluation import Evaluation, check_environment
+from trpo.evaluation.video import try_recording
 from trpo.natural_gradient import StepReport
 from trpo.run.autosave import Autosave
 from trpo.run.checkpoint import CheckpointStore, checkpoint_paths
 from trpo.run.diagnostics import RecentEpisodes, update_metrics
-from trpo.run.directory import RunDirectory, RunLock, code_in_use
+from trpo.run.directory import RunDirectory, RunLock
 from trpo.run.evaluations import Evaluations
 from trpo.run.messages import Messages
 from trpo.run.metric_files import CsvTable
 from trpo.run.metrics import EVALUATIONS_FILE, MetricsWriter
+from trpo.run.record import code_in_use
 from trpo.run.remarks import remarks
 from trpo.run.saved_policy import load_starting_policy
 from trpo.run.state_tree import encode
@@ -46,7 +48,6 @@ from trpo.runtime.distributed import join_group, leave_group
 from trpo.runtime.random_streams import stream_seed, torch_generator
 from trpo.runtime.signals import caught_signals
 from trpo.runtime.timers import PhaseTimers
-from trpo.video import try_recording
 
 FIXED = {  # settings of a run for good
     "batch_size": "whose schedules and end are counted in updates",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trpo.benchmark.learning import load_results
+from trpo.benchmark.learning_results import load_results
 from trpo.benchmark.markdown import number
 from trpo.benchmark.speed import OURS
 from trpo.benchmark.speed_report import Rows, best, median, median_ratio

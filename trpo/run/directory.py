@@ -6,30 +6,22 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
-from trpo import native
 from trpo.config import Config
 from trpo.config.file import dump_config, load_config
 from trpo.errors import CheckpointError, UserError
 from trpo.run.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
-from trpo.runtime.device import training_device
+from trpo.run.record import circumstances, commit
 
-_PACKAGES = ("trpo", "torch", "numpy", "gymnasium", "mujoco")
 _held_locks: set[int] = set()  # file descriptors
 
 
@@ -70,7 +62,7 @@ class RunDirectory:
     @property
     def began_with(self) -> str | None:
         """`code_in_use` when the run began; None where its record says nothing of it."""
-        return self._recorded(lambda record: _code(record["git"]))
+        return self._recorded(lambda record: commit(record["git"]))
 
     def _recorded(self, read: Callable[[Any], str | None]) -> str | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -116,7 +108,7 @@ class RunDirectory:
             run = cls(_make_exclusively(parent, name))
             with _removed_on_failure(run.path):
                 run.checkpoints.mkdir()
-                write_durably(run.meta_file, json.dumps(_meta(config, now), indent=2).encode())
+                write_durably(run.meta_file, json.dumps(circumstances(config, now), indent=2).encode())
                 write_durably(run.config_file, dump_config(config).encode())
                 sync_directory(run.path)
         except OSError as error:
@@ -263,59 +255,6 @@ def _removed_on_failure(path: Path) -> Any:
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
-
-
-def _meta(config: Config, started: datetime) -> dict[str, Any]:
-    return {
-        "started": started.isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "device": str(training_device(config)),
-        # torch itself also says which build it is.
-        "versions": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
-        "native": native.available(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "git": _git_state(Path(__file__).resolve().parent),
-    }
-
-
-def code_in_use() -> str | None:
-    """The commit whose code this is; None where git does not know it."""
-    return _code(_git_state(Path(__file__).resolve().parent))
-
-
-def _code(state: dict[str, Any] | None) -> str | None:
-    return None if state is None else state["revision"][:10] + (" with changes" if state["dirty"] else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state(package: Path) -> dict[str, Any] | None:
-    """Revision of the checkout the source lies in; None if git does not track it (an installed copy, say)."""
-    tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
-    revision = _git(package, "rev-parse", "HEAD")
-    changes = _git(package, "status", "--porcelain", "--untracked-files=no")
-    if not tracked or not revision or changes is None:
-        return None
-    return {"revision": revision, "dirty": bool(changes)}
-
-
-def _git(directory: Path, *arguments: str) -> str | None:
-    """Output of a git command that changes nothing; None if there is no git, no repository, or no answer."""
-    # In a hook, git's own variables name the repository it runs for, whatever the directory.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"
-    command = ["git", "-C", str(directory), *arguments]
-    try:
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
 
 
 def _close_locks_in_fork() -> None:

@@ -12,12 +12,12 @@ from gymnasium import spaces
 from trpo.config import Config
 from trpo.errors import CheckpointError
 from trpo.evaluation import Evaluation, evaluate
+from trpo.evaluation.video import VideoError
 from trpo.policy import Policy
 from trpo.run.directory import RunDirectory
 from trpo.run.messages import Messages
 from trpo.run.saved_policy import load_policy, save_policy
 from trpo.runtime.random_streams import stream_seed
-from trpo.video import VideoError
 
 
 class Evaluations:

@@ -31,19 +31,10 @@ from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, gi
 from trpo.policy import Policy, build_policy
 from trpo.run.checkpoint import MANIFEST_FILE, checkpoint_paths, load_state, newest_checkpoint, save_state
 from trpo.run.directory import RunDirectory
+from trpo.run.trust import UntrustedCodeError, named_code
 from trpo.runtime.device import resolve_device
 
 KIND = "trpo policy"
-
-
-class UntrustedCodeError(CheckpointError):
-    """A saved policy names code to import, which nobody has allowed."""
-
-    def __init__(self, path: Path, named: str, call: str):
-        super().__init__(
-            f"{path}: its {named} may make Python import code that the policy names; if you trust its origin, allow "
-            f"that with --trust-code (in Python: {call})"
-        )
 
 
 @dataclass(frozen=True)
@@ -336,31 +327,3 @@ def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], 
     stored = sum(tensor.numel() for tensor in tensors.values())
     if described > stored:
         raise ValueError(f"its settings describe {described} weights, it holds {stored} numbers")
-
-
-def named_code(env: EnvConfig) -> str | None:
-    """The first setting that names code, or that an environment could take as the name of some; None without one."""
-    return next(_settings_that_name_code(env), None)
-
-
-def _settings_that_name_code(env: EnvConfig) -> Iterator[str]:
-    if ":" in env.id:
-        yield f"env.id {env.id!r}"
-    if env.wrappers:
-        yield f"env.wrappers ({env.wrappers[0].name!r})"
-    for key, given in (("kwargs", env.kwargs), ("options", env.options)):
-        for text in _texts(given):
-            if ":" in text:  # some environments are built around another, whose id their arguments give
-                yield f"env.{key} (which hold {text[:60]!r})"
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
