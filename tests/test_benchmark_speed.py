@@ -20,7 +20,7 @@ from trpo.benchmark.speed_report import best, median_ratio, targets, write_repor
 from trpo.benchmark.work import CG_ITERATIONS, MAX_KL, UPDATE_ENVS, UPDATE_TASK
 from trpo.config.file import load_config
 from trpo.distributions import DiagonalGaussian
-from trpo.errors import UserError
+from trpo.errors import EnvError, UserError
 from trpo.networks.mlp import MLP
 
 TINY = Extent(rounds=1, repeats=1, steps=64, batches=(2048,), widths=(64,), envs=(16,))
@@ -165,9 +165,16 @@ def test_a_failing_measurement_is_one_line_and_the_process_goes_on() -> None:
 def test_where_nothing_could_be_measured_earlier_results_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "installed", list)
     (tmp_path / "speed.json").write_text("{}")
-    with pytest.raises(UserError, match=r"nothing could be measured.*NoSuchTask"):
-        run_speed(tmp_path, extent=TINY, tasks=["NoSuchTask-v0"], parts=("train",), say=lambda line: None)
+    monkeypatch.setattr(Child, "call", lambda self, request: {"error": "out of memory"})
+    with pytest.raises(UserError, match=r"nothing could be measured.*out of memory"):
+        run_speed(tmp_path, extent=TINY, tasks=["Hopper-v5"], parts=("train",), say=lambda line: None)
     assert [file.name for file in tmp_path.iterdir()] == ["speed.json"]
+
+
+def test_a_task_that_does_not_exist_is_an_error_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(EnvError, match=r"Hoper-v5.*did you mean Hopper-v5"):
+        run_speed(tmp_path / "out", extent=TINY, tasks=["Hopper-v5", "Hoper-v5"], say=pytest.fail)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from trpo.benchmark import peer_learning, peers, speed_report
+from trpo.config import EnvConfig
+from trpo.envs.single import close_env, make_single_env
 from trpo.errors import UserError
 
 OURS = "trpo"
@@ -109,7 +111,14 @@ def run_speed(
     command: str = "",
     say: Callable[[str], None] = print,
 ) -> str:
-    """Measures, and writes `speed.json`, `speed.md` and `speed.png` under `out`; returns the tables."""
+    """Measures, and writes `speed.json`, `speed.md` and `speed.png` under `out`; returns the tables.
+
+    Raises:
+        EnvError: there is no such task.
+        UserError: nothing could be measured.
+    """
+    for task in tasks:
+        close_env(make_single_env(EnvConfig(id=task)))
     contenders = [OURS, *peers.installed()]
     for name in peers.PACKAGES:
         if name not in contenders:
