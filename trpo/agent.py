@@ -119,7 +119,7 @@ class Agent:
             settings.adam,
             self.value,
             generator=self.fit_generator,
-            learning_rate=lambda progress: value_at(settings.adam.learning_rate, progress),
+            learning_rate=self._learning_rate,
             all_sum=self.group.all_sum,
         )
 
@@ -136,51 +136,18 @@ class Agent:
             return self._update(rollout, progress=progress, timers=timers)
 
     def _update(self, rollout: Rollout, *, progress: float, timers: PhaseTimers) -> UpdateReport:
-        config, all_sum = self.config, self.group.all_sum
+        all_sum = self.group.all_sum
         with timers("advantages"):
             samples = self.scale(rollout)
             batch, target, value_before = self.estimate(samples, progress=progress)
-        fit_value = partial(self._fit, batch.obs, target, progress=progress, timers=timers)
-        finish_fit: Callable[[], FitReport] = fit_value
-        fit: FitReport | None = None
-        if config.value.fit_first:
-            fit = fit_value()
-            with timers("advantages"):
-                batch, _, _ = self.estimate(samples, progress=progress)
-            step = self._policy_step(batch, progress=progress, timers=timers)
-        elif self._thread_beside:
-            # The other thread has as many threads of torch as were set last anywhere, unless it is told.
-            with (
-                native.spare_threads(-1) as is_idle_again,
-                ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread,
-            ):
-                fitting = thread.submit(fit_value)
-                fitting.add_done_callback(lambda _: is_idle_again())  # for the rest of the policy's step
-                step = self._policy_step(batch, progress=progress, timers=timers)
-            finish_fit = fitting.result
-        else:
-            if self._queue is not None:
-                finish_fit = self._begin_fit(self._queue, batch.obs, target, progress=progress, timers=timers)
-            try:
-                step = self._policy_step(batch, progress=progress, timers=timers)
-            except BaseException:
-                if self._queue is not None:  # before its tensors are given to others
-                    self._queue.join()
-                raise
-        with timers("statistics"), torch.no_grad():
-            eta = self.policy(batch.obs)
+        batch, step, finish_fit = self._learn(samples, batch, target, progress=progress, timers=timers)
+        with timers("statistics"):
             # Last of all: until here the policy has to be the one that acted.
-            (raw_obs,) = _transitions(rollout.valid, rollout.obs)
-            raw_obs = raw_obs.to(self.device)
-            self.policy.normalizer.update(raw_obs, all_sum=all_sum)
-            distribution, normalized = self.policy.distribution, self.policy.normalizer(raw_obs)
-            entropies = distribution.entropy(eta)
-            sums = [entropies, distribution.kl(eta, self.policy(normalized)), torch.ones_like(entropies)]
-            summed = all_sum(torch.stack([x.sum(dtype=torch.float64) for x in sums]))
-        fit = fit or finish_fit()
+            sums = self._move_normalizer(rollout, batch)
+        fit = finish_fit()
         with timers("statistics"), torch.no_grad():
             value_after = self.value(batch.obs)
-            entropy, moved, transitions = summed.tolist()
+            entropy, moved, transitions = sums.tolist()
             return UpdateReport(
                 batch,
                 step,
@@ -191,16 +158,62 @@ class Agent:
                 std=self.policy.std(),
                 explained_variance_before=explained_variance(value_before, target, all_sum),
                 explained_variance_after=explained_variance(value_after, target, all_sum),
-                learning_rate=value_at(config.value.adam.learning_rate, progress)
-                if config.value.fit == "adam"
-                else None,
+                learning_rate=self._learning_rate(progress) if self.config.value.fit == "adam" else None,
             )
+
+    def _learn(
+        self, samples: Rollout, batch: Batch, target: Tensor, *, progress: float, timers: PhaseTimers
+    ) -> tuple[Batch, StepReport, Callable[[], FitReport]]:
+        """The policy's step and V's fit: in turn or side by side, to the same numbers, unless V goes first.
+
+        Returns:
+            The batch that the step was computed from, the step, and what waits for the end of the fit.
+        """
+        step = partial(self._policy_step, progress=progress, timers=timers)
+        fit = partial(self._fit, batch.obs, target, progress=progress, timers=timers)
+        if self.config.value.fit_first:
+            report = fit()
+            with timers("advantages"):
+                batch, _, _ = self.estimate(samples, progress=progress)
+            return batch, step(batch), lambda: report
+        if self._thread_beside:
+            # The other thread has as many threads of torch as were set last anywhere, unless it is told.
+            with (
+                native.spare_threads(-1) as is_idle_again,
+                ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread,
+            ):
+                fitting = thread.submit(fit)
+                fitting.add_done_callback(lambda _: is_idle_again())  # for the rest of the policy's step
+                return batch, step(batch), fitting.result
+        if self._queue is None:
+            return batch, step(batch), fit
+        finish = self._begin_fit(self._queue, batch.obs, target, progress=progress, timers=timers)
+        try:
+            return batch, step(batch), finish
+        except BaseException:
+            self._queue.join()  # before its tensors are given to others
+            raise
+
+    @torch.no_grad()
+    def _move_normalizer(self, rollout: Rollout, batch: Batch) -> Tensor:
+        """Takes the rollout into the observation statistics: Σ entropies, Σ KL by which that moves π, Σ 1, [3]."""
+        eta = self.policy(batch.obs)
+        (raw_obs,) = _transitions(rollout.valid, rollout.obs)
+        raw_obs = raw_obs.to(self.device)
+        self.policy.normalizer.update(raw_obs, all_sum=self.group.all_sum)
+        distribution, normalized = self.policy.distribution, self.policy.normalizer(raw_obs)
+        entropies = distribution.entropy(eta)
+        sums = [entropies, distribution.kl(eta, self.policy(normalized)), torch.ones_like(entropies)]
+        return self.group.all_sum(torch.stack([x.sum(dtype=torch.float64) for x in sums]))
 
     def kl_bound(self, progress: float) -> float:
         """δ of the joint KL."""
         settings = self.config.natural_gradient
         dimensions = self.policy.distribution.action_dim if settings.max_kl_per_dimension else 1
         return dimensions * value_at(settings.max_kl, progress) * cooldown(settings.cooldown, progress)
+
+    def _learning_rate(self, progress: float) -> float:
+        return value_at(self.config.value.adam.learning_rate, progress)
 
     def _lambdas(self, progress: float) -> tuple[float, float]:
         """λ of the advantages, which believe V more as it gets better, and of its targets."""
