@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
 from threading import get_ident
@@ -316,3 +318,15 @@ def test_actions_that_their_dtype_cannot_tell_apart_are_refused() -> None:
                 Agent(config, Box(-np.inf, np.inf, (OBS,)), far, **arguments)
         else:
             Agent(config, Box(-np.inf, np.inf, (OBS,)), far, **arguments)
+
+
+def test_an_agent_that_nobody_has_any_more_is_gone_at_once() -> None:
+    """Without the garbage collector: on a GPU its memory would wait for that."""
+    gc.disable()
+    try:
+        agent = make_agent()
+        gone = weakref.ref(agent.policy)
+        del agent
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -212,8 +212,8 @@ class TestEvaluation:
             return step(self, action)
 
         monkeypatch.setattr(kind, "step", counted)
-        for name in ("check_recordable", "check_showable", "VideoWriter"):
-            monkeypatch.setattr(f"trpo.evaluation.returns.{name}", MagicMock())
+        for name in ("returns.check_recordable", "returns.check_showable", "episodes.VideoWriter"):
+            monkeypatch.setattr(f"trpo.evaluation.{name}", MagicMock())
         monkeypatch.setattr(kind, "render", lambda self: None)
         saved = load_policy(PRETRAINED / "Reacher-v5")
         looked_at: dict[str, Any] = {"video": tmp_path / "reacher.mp4"} if look == "video" else {"render": True}

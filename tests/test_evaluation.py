@@ -474,7 +474,7 @@ def test_no_more_environments_are_alive_than_training_has(monkeypatch):
 
     policy, env, space = policy_for("EvaluationTask-v0")
     together = evaluate(policy, env, space, episodes=7, seed=4, deterministic=False)
-    monkeypatch.setattr("trpo.evaluation.returns.make_single_env", counted)
+    monkeypatch.setattr("trpo.evaluation.episodes.make_single_env", counted)
     few = evaluate(policy, env.model_copy(update={"num_envs": 3}), space, episodes=7, seed=4, deterministic=False)
     assert (alive, most) == (0, 3) and few == together
 

@@ -178,7 +178,7 @@ def test_another_task_has_new_episodes_and_a_best_policy_of_its_own(tmp_path: Pa
     again = Trainer(config({"x": 1.0}), root=tmp_path / "again", console=False).train(max_updates=3).directory
     longer = config({"x": 1.0}, checkpoint={"every_steps": 40})
     trainer = Trainer(longer, root=tmp_path, resume=again, console=False)
-    assert trainer.evaluations.best_return == 5.0 and trainer.collector.goes_on
+    assert trainer.best_return == 5.0 and trainer.collector.goes_on
     trainer.close()
     assert math.isfinite(last_state(resume(again).directory)["counters"]["best_return"])
 
@@ -311,14 +311,14 @@ def test_what_changes_no_evaluation_leaves_the_best_policy_and_what_changes_no_e
         return Trainer(config(options, {**env, **more}), root=tmp_path, resume=run.directory, console=False)
 
     with closing(resumed({"x": {"start": 0.0, "end": 1.0}})) as same:
-        assert same.collector.goes_on and same.evaluations.best_return == best and same.evaluation is not None
+        assert same.collector.goes_on and same.best_return == best and same.evaluation is not None
     with closing(resumed({"x": {"start": 0.5, "end": 1.0}})) as later:
-        assert later.collector.goes_on and later.evaluations.best_return == best
+        assert later.collector.goes_on and later.best_return == best
     shaped = [{"name": "gymnasium.wrappers:ClipReward", "kwargs": {"max_reward": 0.5}, "training_only": True}]
     with closing(resumed({"x": {"start": 0.0, "end": 1.0}}, wrappers=shaped)) as other:
-        assert not other.collector.goes_on and other.evaluations.best_return == best
+        assert not other.collector.goes_on and other.best_return == best
     with closing(resumed({"x": {"start": 0.0, "end": 2.0}})) as harder:
-        assert harder.collector.goes_on and harder.evaluations.best_return == -math.inf and harder.evaluation is None
+        assert harder.collector.goes_on and harder.best_return == -math.inf and harder.evaluation is None
     with pytest.raises(UserError, match=r"the state holds 2 environments, this run has 4"):
         resumed({"x": {"start": 0.0, "end": 1.0}}, wrappers=shaped, num_envs=4)
 

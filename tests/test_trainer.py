@@ -28,12 +28,13 @@ from trpo.colored_noise import ColoredNoise
 from trpo.config import Config, EnvConfig, EvaluationConfig
 from trpo.config.file import load_config
 from trpo.envs.vector import VectorEnvAdapter
-from trpo.errors import EnvError, UserError
+from trpo.errors import EnvError, TrainingError, UserError
 from trpo.evaluation import evaluate
 from trpo.native import library
 from trpo.natural_gradient import Outcome
 from trpo.run.checkpoint import checkpoint_paths
-from trpo.run.metrics import RECORDED_FILE
+from trpo.run.messages import Messages
+from trpo.run.metrics import PROGRESS_FILE, RECORDED_FILE
 from trpo.run.saved_policy import load_policy
 from trpo.runtime.random_streams import stream_seed
 from trpo.trainer import Trainer
@@ -536,3 +537,20 @@ def test_the_latest_evaluation_is_there_to_look_at(tmp_path: Path) -> None:
     run = Trainer(config, root=tmp_path, console=False, on_update=look).train().directory
     recorded = float((run / "evaluations.csv").read_text().splitlines()[1].split(",")[1])
     assert seen == [None, pytest.approx(recorded), pytest.approx(recorded)]  # as many digits as the file has
+
+
+def test_nothing_of_a_run_is_cut_before_all_processes_have_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another_is_gone(messages: Messages) -> None:
+        raise TrainingError("another process of this run has ended")
+
+    run = Trainer(trainer_config(3), root=tmp_path, console=False).train(max_updates=2).directory
+    header, *_ = (run / PROGRESS_FILE).read_text().splitlines()
+    with (run / PROGRESS_FILE).open("a") as table:
+        table.write(f"192{',' * header.count(',')}\n")  # of an update that no checkpoint knows
+    before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    monkeypatch.setattr(Messages, "gather", another_is_gone)
+    with pytest.raises(TrainingError, match="another process"):
+        Trainer(trainer_config(3), resume=run, console=False)
+    assert {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == before

@@ -119,7 +119,7 @@ class Agent:
             settings.adam,
             self.value,
             generator=self.fit_generator,
-            learning_rate=self._learning_rate,
+            learning_rate=partial(value_at, settings.adam.learning_rate),
             all_sum=self.group.all_sum,
         )
 
@@ -136,7 +136,7 @@ class Agent:
             return self._update(rollout, progress=progress, timers=timers)
 
     def _update(self, rollout: Rollout, *, progress: float, timers: PhaseTimers) -> UpdateReport:
-        all_sum = self.group.all_sum
+        values, all_sum = self.config.value, self.group.all_sum
         with timers("advantages"):
             samples = self.scale(rollout)
             batch, target, value_before = self.estimate(samples, progress=progress)
@@ -158,7 +158,7 @@ class Agent:
                 std=self.policy.std(),
                 explained_variance_before=explained_variance(value_before, target, all_sum),
                 explained_variance_after=explained_variance(value_after, target, all_sum),
-                learning_rate=self._learning_rate(progress) if self.config.value.fit == "adam" else None,
+                learning_rate=value_at(values.adam.learning_rate, progress) if values.fit == "adam" else None,
             )
 
     def _learn(
@@ -167,7 +167,8 @@ class Agent:
         """The policy's step and V's fit: in turn or side by side, to the same numbers, unless V goes first.
 
         Returns:
-            The batch that the step was computed from, the step, and what waits for the end of the fit.
+            The batch that the step was computed from, the step, and what gives the report of the fit, which it waits
+            for or makes now.
         """
         step = partial(self._policy_step, progress=progress, timers=timers)
         fit = partial(self._fit, batch.obs, target, progress=progress, timers=timers)
@@ -196,7 +197,7 @@ class Agent:
 
     @torch.no_grad()
     def _move_normalizer(self, rollout: Rollout, batch: Batch) -> Tensor:
-        """Takes the rollout into the observation statistics: Σ entropies, Σ KL by which that moves π, Σ 1, [3]."""
+        """Takes the rollout into the observation statistics; Σ entropies, Σ KL by which that moves π, Σ 1: [3]."""
         eta = self.policy(batch.obs)
         (raw_obs,) = _transitions(rollout.valid, rollout.obs)
         raw_obs = raw_obs.to(self.device)
@@ -211,9 +212,6 @@ class Agent:
         settings = self.config.natural_gradient
         dimensions = self.policy.distribution.action_dim if settings.max_kl_per_dimension else 1
         return dimensions * value_at(settings.max_kl, progress) * cooldown(settings.cooldown, progress)
-
-    def _learning_rate(self, progress: float) -> float:
-        return value_at(self.config.value.adam.learning_rate, progress)
 
     def _lambdas(self, progress: float) -> tuple[float, float]:
         """λ of the advantages, which believe V more as it gets better, and of its targets."""

@@ -204,9 +204,10 @@ class Trainer:
             observation_space=self.observation_space,
         )
         changed = self._take_up(resume) if resume else []
+        self.messages.gather()
         if self.group.leads:
             self.writer = self._open_files(console, resumed=resume is not None)
-        self.messages.open(self.writer, self.group)
+        self.messages.open(self.writer)
         if self.writer is not None:
             self._record_settings(self.writer, changed, resumed=resume is not None)
             for note in self._notes(resumed=resume is not None):
@@ -339,11 +340,19 @@ class Trainer:
         """The latest one, in the leading process; None before the first, or the first of another task."""
         return self.evaluations.latest
 
+    @property
+    def best_return(self) -> float:
+        """Mean return of the policy in `best/`; −∞ before there is one of this task."""
+        return self.evaluations.best_return
+
     def _is_finished(self) -> bool:
         return self.updates == self.config.updates and self.evaluations.has_last(self.env_steps)
 
     def iteration(self) -> UpdateReport:
-        """One rollout and update, written down, and the evaluation after it if that is due."""
+        """One rollout and update, written down, and the evaluation after it if that is due; no checkpoint.
+
+        To be called within `torch_for_training`.
+        """
         started = time.perf_counter()
         timers = PhaseTimers()
         self.agent.set_std(self.progress)
@@ -480,7 +489,7 @@ class Trainer:
             result = self.evaluations.evaluate(self.collector.acting, episodes=episodes, env_steps=self.env_steps)
         self.elapsed_s += time.perf_counter() - started
         self.writer.write_evaluation(result.metrics(), env_steps=self.env_steps)
-        self.evaluations.keep_if_best(self.agent.policy, env_steps=self.env_steps)
+        self.evaluations.keep_if_best(result, self.agent.policy, env_steps=self.env_steps)
         return result
 
     def _finish(self, stopped_by: signal.Signals | None) -> RunResult:
@@ -489,7 +498,7 @@ class Trainer:
         if stopped_by is None and self.updates == self.config.updates:
             evaluation = self._evaluate(self.config.evaluation.final_episodes)
             if evaluation is not None:
-                self.evaluations.keep_last(self.agent.policy, env_steps=self.env_steps)
+                self.evaluations.keep_last(evaluation, self.agent.policy, env_steps=self.env_steps)
         else:
             why = stopped_by.name if stopped_by else "its caller"
             self.messages.say(f"stopped by {why} at {self.env_steps} steps; go on with --resume {self.run}")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from trpo.benchmark import peer_learning
-from trpo.benchmark.learning_results import read_result
+from trpo.benchmark.learning_results import read_result, write_result
 from trpo.config import Config
 from trpo.config.file import dump_config, load_config
 from trpo.errors import UserError
@@ -229,9 +229,7 @@ def _write_result(job: Job, scores: dict[str, Any]) -> None:
         "fingerprint": job.fingerprint,
         **scores,
     }
-    temporary = job.result.with_suffix(".part")
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.replace(job.result)
+    write_result(job.result, result)
 
 
 def _columns(path: Path) -> dict[str, list[float | None]]:

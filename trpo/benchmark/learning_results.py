@@ -21,8 +21,15 @@ from trpo.errors import UserError, gist
 AGENTS = ("trpo", "sb3-contrib")
 
 
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """Of one run, whole or not at all."""
+    temporary = file.with_suffix(".part")
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.replace(file)
+
+
 def read_result(file: Path) -> dict[str, Any]:
-    """What the benchmark wrote of one run.
+    """What `write_result` wrote.
 
     Raises:
         UserError: it is not that.

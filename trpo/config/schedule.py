@@ -13,7 +13,7 @@ from trpo.config.section import Settings, contradiction
 
 
 class Schedule(Settings):
-    """A value that moves from the first update of a run (progress 0) to its last (1): `schedule.value_at`."""
+    """A value that moves from the first update of a run (progress 0) to its last (1): `value_at`."""
 
     start: float = Field(gt=0, description="Value at the first update.")
     end: float = Field(gt=0, description="Value at the last update.")

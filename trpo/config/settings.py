@@ -1,4 +1,4 @@
-"""Typed settings: YAML and overrides in, one frozen `Config` out.
+"""All settings of a run: types, ranges, meanings, contradictions.
 
 Every setting carries its type, range and meaning; `docs/settings.md` is generated from them. A YAML file lists only
 departures from these defaults: the defaults are the recipe.

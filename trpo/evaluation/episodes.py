@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -15,19 +16,82 @@ from torch import Tensor
 
 from trpo.config import EnvConfig
 from trpo.config.schedule import options_at
-from trpo.envs.mujoco_batch import Simulations
+from trpo.envs import make_single_env
+from trpo.envs.mujoco_batch import Simulations, simulations_beside
 from trpo.envs.returned import ReturnError, flag, flat_observation, numbers_of, scalar_reward, success_of
-from trpo.envs.single import failure
+from trpo.envs.single import close_env, failure
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
+from trpo.evaluation.result import Evaluation
+from trpo.evaluation.video import VideoWriter
 from trpo.policy import Policy
 
 SIDE_BY_SIDE = 32  # rows of every forward pass, and the most episodes run together
 
-Outcome = tuple[Any, Any, Any, Any, dict[str, Any]]  # what an environment's `step` returns
+
+def side_by_side(
+    policy: Policy,
+    env_config: EnvConfig,
+    action_space: spaces.Space[Any],
+    seeds: dict[int, int],
+    *,
+    deterministic: bool,
+    max_episode_steps: int,
+    video: Path | None,
+    render: bool,
+) -> Evaluation:
+    """Episodes with `seeds` by the rows of the forward pass that are theirs; a video is of row 0."""
+    envs: dict[int, gymnasium.Env[Any, Any]] = {}
+    try:
+        for row in seeds:
+            mode = "human" if render else "rgb_array" if video and row == 0 else None
+            envs[row] = make_single_env(env_config, render_mode=mode)
+        first = next(iter(envs.values()))
+        check_spaces(policy, first, action_space)
+        with VideoWriter(video, first) as frames:
+            episodes = {row: _Episode(env, env_config, seeds[row], max_episode_steps) for row, env in envs.items()}
+            simulations = simulations_beside(env_config, first, len(envs))
+            together = _Together(simulations, envs) if simulations else None
+            return _run(_Actor(policy, action_space, seeds, deterministic), episodes, frames, together)
+    finally:
+        for env in envs.values():
+            close_env(env)
 
 
-class Together:
+def _run(actor: _Actor, episodes: dict[int, _Episode], frames: VideoWriter, together: _Together | None) -> Evaluation:
+    rows = torch.zeros(SIDE_BY_SIDE, actor.obs_dim, dtype=torch.float64)
+    obs = rows.numpy()
+    for row, episode in episodes.items():
+        obs[row] = episode.reset()
+        if together:
+            together.enter(row, episode.env)
+    frames.capture()
+    running = list(episodes)
+    while running:
+        actions = actor(rows, running)
+        outcomes = together.step(actions) if together else {}
+        for row in running:
+            obs[row] = episodes[row].step(actions[row], outcomes.get(row))
+            if row == 0:
+                frames.capture()
+        running = [row for row in running if not episodes[row].over]
+    done = episodes.values()
+    return Evaluation(
+        [episode.total for episode in done],
+        [episode.length for episode in done],
+        [episode.success for episode in done if not math.isnan(episode.success)],
+        sum(episode.cut for episode in done),
+        {
+            name: [number for episode in done if not math.isnan(number := episode.info[name])]
+            for name in next(iter(done)).info
+        },
+    )
+
+
+_Outcome = tuple[Any, Any, Any, Any, dict[str, Any]]  # what an environment's `step` returns
+
+
+class _Together:
     """Takes the steps of all episodes at once, with the same numbers as one after the other."""
 
     def __init__(self, simulations: Simulations, envs: dict[int, gymnasium.Env[Any, Any]]):
@@ -45,7 +109,7 @@ class Together:
         """The episode of `row` has begun in `env`."""
         self._simulations.enter(self._number[row], env)
 
-    def step(self, actions: dict[int, Any]) -> dict[int, Outcome]:
+    def step(self, actions: dict[int, Any]) -> dict[int, _Outcome]:
         """What each environment would return for its action."""
         numbers = [self._number[row] for row in actions]
         self._action[numbers] = list(actions.values())
@@ -63,7 +127,7 @@ class Together:
         }
 
 
-class Episode:
+class _Episode:
     """One episode of one environment, its reward summed."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], config: EnvConfig, seed: int, max_steps: int):
@@ -86,7 +150,7 @@ class Episode:
             obs, _ = self.env.reset(seed=self.seed, options=self.options or None)
             return self._observation(obs)
 
-    def step(self, action: Any, outcome: Outcome | None = None) -> Any:
+    def step(self, action: Any, outcome: _Outcome | None = None) -> Any:
         """Next observation [D]; `outcome`: of the step, if it has been taken elsewhere."""
         with self._raising_one_kind():
             obs, reward, terminated, truncated, info = outcome or self.env.step(action)
@@ -120,7 +184,7 @@ class Episode:
         return value
 
 
-class Actor:
+class _Actor:
     """Observations → actions as the environment takes them, each row by itself."""
 
     def __init__(self, policy: Policy, action_space: spaces.Space[Any], seeds: dict[int, int], deterministic: bool):
@@ -147,3 +211,18 @@ class Actor:
         noise = drawn.new_ones(SIDE_BY_SIDE, drawn.shape[1])
         noise[running] = drawn
         return noise
+
+
+def check_spaces(policy: Policy, env: gymnasium.Env[Any, Any], action_space: spaces.Space[Any]) -> None:
+    """Raises `EnvError` unless the environment is the policy's."""
+    obs_dim = policy.normalizer.moments.mean.shape[0]
+    if env.observation_space.shape != (obs_dim,):
+        raise EnvError(
+            f"the environment's observations have shape {env.observation_space.shape}, the policy was trained on "
+            f"{(obs_dim,)}; give the environment it was trained on"
+        )
+    if env.action_space != action_space:
+        raise EnvError(
+            f"the environment's action space {env.action_space} is not the policy's {action_space}; give the "
+            "environment it was trained on"
+        )

@@ -1,7 +1,7 @@
 /* A multilayer perceptron, products with its Jacobian, and its fit by Adam, in float32; and small loops of an update that
  * are slow in Python.
  *
- * The formulas are those of `trpo/networks.py`, which is also what the tests compare this file with. It is here because
+ * The formulas are those of `trpo/networks/mlp.py`, which is also what the tests compare this file with. It is here because
  * at TRPO's sizes (thousands of rows, layers of 64) a BLAS library spends most of its time around the arithmetic. Three
  * things are different: all layers of a block of rows are done before the next block (on the way back, of sixteen blocks
  * where threads share them), so that what passes between layers stays in the first two levels of cache; bias and sums of
@@ -447,7 +447,7 @@ static void add_rows(const float *from, long rows, long width, float *sum)
     }
 }
 
-/* Of the functions here and their arguments: `trpo/native/__init__.py` has the same number. */
+/* Of the functions here and their arguments: `trpo/native/library.py` has the same number. */
 int mlp_version(void) { return 6; }
 
 /* Whether this processor has the instructions that this file was compiled to. */
@@ -931,7 +931,7 @@ void ordinal_sample(long rows, long components, long n, const float *eta, const 
 enum { OUTPUTS = 0, NORMAL = 1, ORDINAL = 2 };
 
 /* A policy whose parameters `mlp_freeze` took, in a rollout of any number of steps. All numbers are eight bytes, so that
- * this lies in memory as `trpo/native/__init__.py` has it. */
+ * this lies in memory as `trpo/native/mlp.py` has it. */
 typedef struct {
     const long *widths;
     long layers, activation, wide, rows;

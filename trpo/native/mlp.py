@@ -1,4 +1,4 @@
-"""Networks by compiled code: outputs, products with the Jacobian, Kronecker factors, a fit by Adam; as policies."""
+"""Networks by compiled code: outputs, Jacobian products, Kronecker factors, a fit by Adam; and policies that act."""
 
 from __future__ import annotations
 

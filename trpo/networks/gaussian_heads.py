@@ -32,7 +32,7 @@ class GivenStdHead(nn.Module):
         return self._eta(self.network(obs))
 
     def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """See `network.frozen`."""
+        """See `frozen` of `trpo.networks.network`."""
         network = frozen(self.network, normalizer)
         return lambda obs: self._eta(network(obs))
 
@@ -106,7 +106,7 @@ class GaussianHead(nn.Module):
         return self._eta(self.network(obs), self._free_log_std())
 
     def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """See `network.frozen`."""
+        """See `frozen` of `trpo.networks.network`."""
         network, log_std = frozen(self.network, normalizer), self._free_log_std()
         return lambda obs: self._eta(network(obs), log_std)
 

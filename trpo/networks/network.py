@@ -54,7 +54,7 @@ def build_network(
         generator: source of the weights.
 
     Raises:
-        ConfigError: `settings.body` gives no module that fits.
+        ConfigError: `settings.body` gives no module that fits, or none that can be differentiated twice.
     """
     if settings.body is None:
         sizes = [inputs, *settings.hidden_sizes, outputs]

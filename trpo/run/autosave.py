@@ -1,4 +1,4 @@
-"""When a run's checkpoints are due, and what it does where the disk refuses them."""
+"""How long a run may go without a checkpoint, and what it does where the disk refuses one."""
 
 from __future__ import annotations
 

@@ -75,23 +75,23 @@ class Evaluations:
         self.latest = result
         return result
 
-    def keep_if_best(self, policy: Policy, *, env_steps: int) -> None:
-        """Saves what was evaluated last as `best/` if no other returned more."""
-        if self.latest is None or not self.latest.mean > self.best_return:  # NaN is no best
+    def keep_if_best(self, result: Evaluation, policy: Policy, *, env_steps: int) -> None:
+        """Saves the policy with this result as `best/` if no other returned as much."""
+        if not result.mean > self.best_return:  # NaN is no best
             return
         try:
-            self._save(self.run.best, policy, env_steps)
-            self.best_return = self.latest.mean
+            self._save(self.run.best, result, policy, env_steps)
+            self.best_return = result.mean
         except CheckpointError as error:
             self.messages.say(f"warning: the best policy so far was not saved: {error}")
 
-    def keep_last(self, policy: Policy, *, env_steps: int) -> None:
-        """Saves what was evaluated last as `final/`.
+    def keep_last(self, result: Evaluation, policy: Policy, *, env_steps: int) -> None:
+        """Saves the policy with this result as `final/`.
 
         Raises:
             CheckpointError: the disk refuses.
         """
-        self._save(self.run.final, policy, env_steps)
+        self._save(self.run.final, result, policy, env_steps)
 
     def has_last(self, env_steps: int) -> bool:
         """Whether `final/` holds the policy after so many steps: not damaged, nor that of a run since prolonged."""
@@ -102,7 +102,6 @@ class Evaluations:
         except CheckpointError:
             return False
 
-    def _save(self, path: Path, policy: Policy, env_steps: int) -> None:
-        figures = self.latest.metrics() if self.latest else {}
-        info = {"env_steps": env_steps, "seed": self.config.seed, "evaluation": figures}
+    def _save(self, path: Path, result: Evaluation, policy: Policy, env_steps: int) -> None:
+        info = {"env_steps": env_steps, "seed": self.config.seed, "evaluation": result.metrics()}
         save_policy(path, policy, self.config, self.action_space, info, observation_space=self.observation_space)

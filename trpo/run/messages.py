@@ -12,7 +12,7 @@ class Messages:
     """Lines of one process of a run. Until `open`, warnings are kept; of all processes the leading one shows them."""
 
     def __init__(self, group: Group) -> None:
-        self._where = "" if group.leads else f"process {group.rank}: "
+        self._group = group
         self._writer: MetricsWriter | None = None
         self._unsaid: list[str] | None = []
 
@@ -23,7 +23,8 @@ class Messages:
 
     def warn(self, text: str) -> None:
         """A line of this process's, whichever it is."""
-        line = f"{self._where}warning: {text}"
+        where = "" if self._group.leads else f"process {self._group.rank}: "
+        line = f"{where}warning: {text}"
         if self._unsaid is not None:
             self._unsaid.append(line)
         elif self._writer is not None:
@@ -31,11 +32,15 @@ class Messages:
         else:
             print(line, file=sys.stderr)
 
-    def open(self, writer: MetricsWriter | None, group: Group) -> None:
-        """Lines go to `writer` from now on, which the leading process has; first those that all have kept."""
-        unsaid = [line for lines in group.gather_objects(self._unsaid or []) for line in lines]
-        self._unsaid, self._writer = None, writer
-        for line in unsaid:
+    def gather(self) -> None:
+        """The leading process has the lines that all have kept. Called by all, none of which writes anything before."""
+        gathered = [line for lines in self._group.gather_objects(self._unsaid) for line in lines]
+        self._unsaid = gathered if self._group.leads else []
+
+    def open(self, writer: MetricsWriter | None) -> None:
+        """Lines go to `writer` from now on, which the leading process has; first those that were kept."""
+        kept, self._unsaid, self._writer = self._unsaid or [], None, writer
+        for line in kept:
             self.say(line)
 
     def abandon(self) -> None:
