@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 
 from trpo.analysis.seed_statistics import interquartile_mean
 from trpo.benchmark import peer_learning
-from trpo.benchmark.learning import plan, run
+from trpo.benchmark.learning import SUITES, plan, run
 from trpo.benchmark.learning_results import load_results, write_tables
 from trpo.benchmark.side_by_side import OUR_ROW, side_by_side
 from trpo.config.file import load_config
@@ -238,3 +240,25 @@ def test_another_implementation_is_trained_and_scored_on_frozen_statistics() -> 
     expected, _ = model.predict(model.get_vec_normalize_env().normalize_obs(obs), deterministic=True)
     np.testing.assert_allclose(mode.clip(-1, 1), expected, atol=1e-6)  # float32
     assert (model.get_vec_normalize_env().obs_rms.mean == before).all()
+
+
+def test_the_commands_of_the_readme_have_nothing_left_to_do(tmp_path: Path) -> None:
+    """A new setting must not make the results that are there those of other settings."""
+    root = Path(__file__).parents[1]
+    commands = re.findall(
+        r"^python scripts/benchmark.py (learn --(?:suite|task) .*)$", (root / "README.md").read_text(), re.M
+    )
+    assert len(commands) == 5
+    for command in commands:
+        given = shlex.split(command)
+        options = dict(zip(given[1::2], given[2::2], strict=True))
+        tasks = SUITES[options["--suite"]] if "--suite" in options else [options["--task"]]
+        jobs = plan(
+            tasks,
+            int(options["--seeds"]),
+            configs=root / "configs",
+            out=root / "benchmarks" / "learning",
+            root=tmp_path,
+            overrides=[options["--set"]] if "--set" in options else [],
+        )
+        assert [job.result for job in jobs if not job.finished] == []

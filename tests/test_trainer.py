@@ -554,3 +554,14 @@ def test_nothing_of_a_run_is_cut_before_all_processes_have_its_checkpoint(
     with pytest.raises(TrainingError, match="another process"):
         Trainer(trainer_config(3), resume=run, console=False)
     assert {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
+
+
+def test_a_prolonged_run_still_knows_what_its_last_evaluation_returned(tmp_path: Path) -> None:
+    """`best/` must not go to the first policy that is evaluated afterwards, if that returns less."""
+    first = Trainer(trainer_config(2), root=tmp_path, console=False)
+    run = first.train().directory
+    assert first.best_return == load_policy(run / "best").info["evaluation"]["eval/mean_reward"]
+    prolonged = load_config(run / "config.yaml", ["total_steps=384"])
+    with closing(Trainer(prolonged, resume=run, console=False)) as second:
+        assert second.best_return == first.best_return and second.evaluation == first.evaluation
+        assert "of another task" not in (run / "log.txt").read_text()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from gymnasium import spaces
@@ -113,15 +113,19 @@ class Agent:
 
     def _value_fit(self) -> ValueFit:
         settings = self.config.value
-        if settings.fit == "gauss_newton":
-            return GaussNewtonFit(settings.gauss_newton, all_sum=self.group.all_sum)
-        return AdamFit(
-            settings.adam,
-            self.value,
-            generator=self.fit_generator,
-            learning_rate=partial(value_at, settings.adam.learning_rate),
-            all_sum=self.group.all_sum,
-        )
+        match settings.fit:
+            case "gauss_newton":
+                return GaussNewtonFit(settings.gauss_newton, all_sum=self.group.all_sum)
+            case "adam":
+                return AdamFit(
+                    settings.adam,
+                    self.value,
+                    generator=self.fit_generator,
+                    learning_rate=partial(value_at, settings.adam.learning_rate),
+                    all_sum=self.group.all_sum,
+                )
+            case _:
+                assert_never(settings.fit)
 
     def update(self, rollout: Rollout, *, progress: float, timers: PhaseTimers) -> UpdateReport:
         """One iteration of TRPO on a rollout of the current policy.
@@ -167,8 +171,7 @@ class Agent:
         """The policy's step and V's fit: in turn or side by side, to the same numbers, unless V goes first.
 
         Returns:
-            The batch that the step was computed from, the step, and what gives the report of the fit, which it waits
-            for or makes now.
+            The batch that the step was computed from, the step, and what waits for the fit if need be.
         """
         step = partial(self._policy_step, progress=progress, timers=timers)
         fit = partial(self._fit, batch.obs, target, progress=progress, timers=timers)
@@ -187,7 +190,8 @@ class Agent:
                 fitting.add_done_callback(lambda _: is_idle_again())  # for the rest of the policy's step
                 return batch, step(batch), fitting.result
         if self._queue is None:
-            return batch, step(batch), fit
+            stepped, report = step(batch), fit()
+            return batch, stepped, lambda: report
         finish = self._begin_fit(self._queue, batch.obs, target, progress=progress, timers=timers)
         try:
             return batch, step(batch), finish

@@ -499,6 +499,7 @@ class Trainer:
             evaluation = self._evaluate(self.config.evaluation.final_episodes)
             if evaluation is not None:
                 self.evaluations.keep_last(evaluation, self.agent.policy, env_steps=self.env_steps)
+            self._save_checkpoint()  # once more, with what the last policy returned, for a run that is prolonged
         else:
             why = stopped_by.name if stopped_by else "its caller"
             self.messages.say(f"stopped by {why} at {self.env_steps} steps; go on with --resume {self.run}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -64,11 +64,15 @@ def value_at(setting: float | Schedule, progress: float) -> float:
     """
     if not isinstance(setting, Schedule):
         return setting
-    if setting.shape == "linear":
-        return setting.start + progress * (setting.end - setting.start)
-    if setting.shape == "geometric":
-        return float(setting.start ** (1 - progress) * setting.end**progress)
-    return setting.end + 0.5 * (setting.start - setting.end) * (1 + math.cos(math.pi * progress))
+    match setting.shape:
+        case "linear":
+            return setting.start + progress * (setting.end - setting.start)
+        case "cosine":
+            return setting.end + 0.5 * (setting.start - setting.end) * (1 + math.cos(math.pi * progress))
+        case "geometric":
+            return float(setting.start ** (1 - progress) * setting.end**progress)
+        case _:
+            assert_never(setting.shape)
 
 
 def options_at(options: Mapping[str, Any], progress: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from trpo.config import EnvConfig
 from trpo.envs.single import make_single_env
@@ -42,21 +42,24 @@ def make_envs(
     Raises:
         EnvError: The environment cannot be built or is not supported.
     """
-    backend = config.backend
-    if backend == "gymnasium-async":
-        from trpo.envs.workers import WorkerEnvs
+    match config.backend:
+        case "gymnasium-async":
+            from trpo.envs.workers import WorkerEnvs
 
-        return WorkerEnvs(config, seeds, on_warning=on_warning)
-    if backend == "envpool":
-        from trpo.envs.envpool import EnvpoolEnvs
+            return WorkerEnvs(config, seeds, on_warning=on_warning)
+        case "envpool":
+            from trpo.envs.envpool import EnvpoolEnvs
 
-        return EnvpoolEnvs(config, seeds)
-    if backend == "torch":
-        import torch
+            return EnvpoolEnvs(config, seeds)
+        case "torch":
+            import torch
 
-        from trpo.envs.torch_native import TorchEnvs
+            from trpo.envs.torch_native import TorchEnvs
 
-        return TorchEnvs(config, seeds, device=device or torch.device("cpu"), on_warning=on_warning)
-    from trpo.envs.gymnasium import GymnasiumEnvs
+            return TorchEnvs(config, seeds, device=device or torch.device("cpu"), on_warning=on_warning)
+        case "auto" | "gymnasium" | "mujoco":
+            from trpo.envs.gymnasium import GymnasiumEnvs
 
-    return GymnasiumEnvs(config, seeds, on_warning=on_warning)
+            return GymnasiumEnvs(config, seeds, on_warning=on_warning)
+        case _:
+            assert_never(config.backend)

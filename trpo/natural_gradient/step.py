@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -304,9 +304,13 @@ def _curvature(
         raise UserError(
             "natural_gradient.preconditioner: kronecker needs the built-in networks, none of it frozen; set it to null"
         )
-    return product, KroneckerPreconditioner(
-        linearization, scores, count=count, damping=settings.damping, all_sum=all_sum
-    )
+    match settings.preconditioner:
+        case "kronecker":
+            return product, KroneckerPreconditioner(
+                linearization, scores, count=count, damping=settings.damping, all_sum=all_sum
+            )
+        case _:
+            assert_never(settings.preconditioner)
 
 
 def _search(

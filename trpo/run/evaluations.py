@@ -14,9 +14,10 @@ from trpo.errors import CheckpointError
 from trpo.evaluation import Evaluation, evaluate
 from trpo.evaluation.video import VideoError
 from trpo.policy import Policy
+from trpo.run.checkpoint import load_state
 from trpo.run.directory import RunDirectory
 from trpo.run.messages import Messages
-from trpo.run.saved_policy import load_policy, save_policy
+from trpo.run.saved_policy import save_policy
 from trpo.runtime.random_streams import stream_seed
 
 
@@ -98,7 +99,8 @@ class Evaluations:
         if not self.run.final.is_dir():
             return False
         try:
-            return load_policy(self.run.final, trust_code=True).info["env_steps"] == env_steps
+            state: Any = load_state(self.run.final)
+            return state["info"]["env_steps"] == env_steps
         except CheckpointError:
             return False
 
