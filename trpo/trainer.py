@@ -203,14 +203,19 @@ class Trainer:
             action_space=self.action_space,
             observation_space=self.observation_space,
         )
-        changed = self._take_up(resume) if resume else []
+        resumed, changed = resume is not None, list[str]()
+        if resumed:
+            found = store.newest()
+            if found is None:
+                raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
+            changed = self._load_state(*found)
         self.messages.gather()
         if self.group.leads:
-            self.writer = self._open_files(console, resumed=resume is not None)
+            self.writer = self._open_files(console, resumed=resumed)
         self.messages.open(self.writer)
         if self.writer is not None:
-            self._record_settings(self.writer, changed, resumed=resume is not None)
-            for note in self._notes(resumed=resume is not None):
+            self._record_settings(self.writer, changed, resumed=resumed)
+            for note in self._notes(resumed=resumed):
                 self.messages.say(note)
 
     def _open_files(self, console: bool, *, resumed: bool) -> MetricsWriter:
@@ -257,13 +262,6 @@ class Trainer:
             yield f"note: {remark}"
         if not self._restorable:
             yield "note: this environment backend cannot be restored to the bit; a resumed run starts new episodes"
-
-    def _take_up(self, resume: Path) -> list[str]:
-        """Goes on from the newest checkpoint; the settings that differ from those it was trained with."""
-        found = self.autosave.store.newest()
-        if found is None:
-            raise CheckpointError(f"{resume}: no valid checkpoint to resume from; start a new run")
-        return self._load_state(*found)
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
         """Trains to the end (or for `max_updates` more updates), then saves, evaluates the last policy and closes.

@@ -50,8 +50,8 @@ SUITES = {
     ],
 }
 EVALUATION_SEED = 1_000_003  # episodes no run evaluated itself on while training
-# Settings that are younger than the first results, at their defaults: those runs had them, unsaid.
-LATER = ("  options: {}\n", "  info: []\n")
+# Settings of `env` that are younger than the first results, at their defaults: those runs had them, unsaid.
+LATER = ("\n  options: {}\n", "\n  info: []\n")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Job:
         counted = self._settings_of(self.config.model_copy(update={"threads": self.config.threads or 1}))
         if self.agent == "trpo":
             for line in LATER:
-                counted = counted.replace(line, "", 1)
+                counted = counted.replace(line, "\n", 1)
         return hashlib.sha256(counted.encode()).hexdigest()[:16]
 
     @property

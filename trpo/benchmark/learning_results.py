@@ -17,15 +17,15 @@ from trpo.analysis.plotting import draw
 from trpo.analysis.seed_statistics import bootstrap_interval, interquartile_mean
 from trpo.benchmark.published import PUBLISHED
 from trpo.errors import UserError, gist
+from trpo.run.whole_file import whole_file
 
 AGENTS = ("trpo", "sb3-contrib")
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:
     """Of one run, whole or not at all."""
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.replace(file)
+    with whole_file(file) as partial:
+        partial.write_text(json.dumps(result, indent=1))
 
 
 def read_result(file: Path) -> dict[str, Any]:

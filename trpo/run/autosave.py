@@ -50,6 +50,6 @@ class Autosave:
         except CheckpointError as error:
             self.failures_in_a_row += 1
             count = f"failure {self.failures_in_a_row} in a row, given up at {self.settings.abort_after}"
-            self.messages.say(f"warning: no checkpoint at {env_steps} steps: {error} ({count})")
+            self.messages.warn(f"no checkpoint at {env_steps} steps: {error} ({count})")
             if self.failures_in_a_row >= self.settings.abort_after:
                 raise TrainingError(f"{self.failures_in_a_row} checkpoints in a row failed: {error}") from error

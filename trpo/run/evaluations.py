@@ -68,7 +68,7 @@ class Evaluations:
         try:
             result = run(video=self.run.videos / f"step-{env_steps:09d}.mp4" if settings.video else None)
         except VideoError as error:
-            self.messages.say(f"warning: this evaluation has no video: {error}")
+            self.messages.warn(f"this evaluation has no video: {error}")
             result = run()
         if result.cut:
             cut = f"{result.cut} of {episodes} episodes were cut after {max(result.lengths)} steps"
@@ -84,7 +84,7 @@ class Evaluations:
             self._save(self.run.best, result, policy, env_steps)
             self.best_return = result.mean
         except CheckpointError as error:
-            self.messages.say(f"warning: the best policy so far was not saved: {error}")
+            self.messages.warn(f"the best policy so far was not saved: {error}")
 
     def keep_last(self, result: Evaluation, policy: Policy, *, env_steps: int) -> None:
         """Saves the policy with this result as `final/`.
