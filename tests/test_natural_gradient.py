@@ -59,7 +59,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
     def blind(policy: Policy, batch: Batch, *, settings: NaturalGradientConfig, **options: Any) -> StepReport:
         alone = settings.preconditioner is None and settings.fisher_subsample == 1
-        direction = partial(blind_direction, policy, settings) if alone else None
+        direction = partial(blind_direction, policy) if alone else None
         return usual(policy, batch, settings=settings, direction=direction, **options)
 
     if request.param == "blind":

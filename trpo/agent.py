@@ -18,11 +18,12 @@ from torch import Tensor
 from trpo import native
 from trpo.advantages import gae, horizon_lambda, standardize
 from trpo.batch import Batch, Rollout
-from trpo.config import Config, LearnedStdConfig
+from trpo.config import Config, LearnedStdConfig, NaturalGradientConfig
 from trpo.config.schedule import cooldown, value_at
 from trpo.distributions import Ordinal
 from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
+from trpo.natural_gradient.step import RecordedDirection
 from trpo.networks.autograd_linearization import twice_differentiable
 from trpo.networks.gaussian_heads import GivenStdHead
 from trpo.normalizer import RewardScaler
@@ -232,24 +233,24 @@ class Agent:
             head.set_std(value_at(std, progress))
 
     def _policy_step(self, batch: Batch, *, progress: float, timers: PhaseTimers) -> StepReport:
+        settings = self.config.natural_gradient
         with timers("policy_update"):
             return trust_region_step(
                 self.policy,
                 batch,
                 max_kl=self.kl_bound(progress),
-                settings=self.config.natural_gradient,
+                settings=settings,
                 all_sum=self.group.all_sum,
                 generator=self.fisher_generator,
-                direction=self._direction(),
+                direction=self._direction(settings),
             )
 
-    def _direction(self) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None:
-        """`blind_direction` by the settings there are, recorded, if all of it can be."""
-        settings = self.config.natural_gradient
+    def _direction(self, settings: NaturalGradientConfig) -> RecordedDirection | None:
+        """`blind_direction`, recorded, if all of it can be."""
         whole = settings.preconditioner is None and settings.fisher_subsample == 1
         if not (whole and self.group.size == 1 and can_record(self.device) and self.policy.closed_form):
             return None
-        return partial(self._recorded, settings)
+        return self._recorded
 
     def _fit(self, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers) -> FitReport:
         with timers("value_fit"):

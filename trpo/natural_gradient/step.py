@@ -154,6 +154,9 @@ def _gradient(
     return linearization, scores, linearization.vjp(scores * advantage.unsqueeze(-1))
 
 
+RecordedDirection = Callable[[NaturalGradientConfig, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
 @torch.no_grad()
 def trust_region_step(
     policy: PolicyModel,
@@ -163,7 +166,7 @@ def trust_region_step(
     settings: NaturalGradientConfig,
     all_sum: AllSum = one_process,
     generator: torch.Generator | None = None,
-    direction: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None = None,
+    direction: RecordedDirection | None = None,
 ) -> StepReport:
     """Moves `policy` by one TRPO step on `batch`, or leaves it bitwise as it was and says why.
 
@@ -174,45 +177,23 @@ def trust_region_step(
         settings: damping, CG and line search.
         all_sum: sums a tensor over processes; the identity for one.
         generator: draws the Fisher subsample; on the CPU.
-        direction: `blind_direction` of this policy and these settings, recorded; what it returns is read before its
-            next call.
+        direction: `blind_direction` of this policy, recorded; what it returns is read before its next call.
     """
     theta_old = policy.theta.vector.clone()
     dist = policy.distribution
     count = total_count(len(batch.obs), all_sum)
     if direction is None:
-        eta_old, gradient, solve = _looked_at(policy, batch, count, settings, all_sum, generator)
-        gradient_norm = float(gradient.norm())
+        natural = _natural_gradient(policy, batch, count, settings, all_sum, generator)
     else:
-        found = Direction(*direction(batch.obs, batch.action, batch.advantage))
-        eta_old, gradient, solve = found.eta, found.gradient, partial(_found, found, policy, batch, count)
-        gradient_norm = float(found.gradient_norm)
-    if not math.isfinite(gradient_norm):
-        return StepReport(Outcome.NONFINITE_GRADIENT, max_kl, gradient_norm)
-    if gradient_norm**2 < torch.finfo(gradient.dtype).tiny:  # CG could not hold its square
-        return StepReport(Outcome.ZERO_GRADIENT, max_kl, gradient_norm)
+        natural = _recorded_natural_gradient(direction, policy, batch, count, settings)
+    report = partial(StepReport, max_kl=max_kl, gradient_norm=natural.gradient_norm, cg=natural.cg)
+    if natural.failure is not None:
+        return report(natural.failure)
 
-    cg, fisher = solve()
-    if cg.status is CGStatus.NONFINITE:
-        return StepReport(Outcome.NONFINITE_PRODUCT, max_kl, gradient_norm, cg=cg)
-    # Of a system that is all but solved it is rounding: x is as exact as its digits allow.
-    if cg.status is CGStatus.NONPOSITIVE_CURVATURE and not cg.relative_residual < 0.01:
-        return StepReport(Outcome.NONPOSITIVE_CURVATURE, max_kl, gradient_norm, cg=cg)
-    # xᵀFx, without λ: damping turns the step and does not shorten it. It takes no product, Fx = g − residual − λx,
-    # unless λ was all there was, and the difference is rounding.
-    fx = gradient - cg.residual - settings.damping * cg.x
-    curvature, slope, norm = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient), cg.x.norm()]).tolist()
-    if curvature < 1e-3 * slope:
-        curvature = float(torch.dot(cg.x, fisher(cg.x)))
-    if not curvature > 0:
-        # Of a policy that is nearly certain of its actions F itself is rounding, of either sign. That breaks nothing.
-        lost = curvature >= -1e-3 * slope
-        outcome = Outcome.NO_CURVATURE if lost else Outcome.NONPOSITIVE_CURVATURE
-        return StepReport(outcome, max_kl, gradient_norm, cg=cg)
-    length = math.sqrt(2 * max_kl / curvature)
-    step, expected_gain = length * cg.x, length * slope
-
-    log_prob_old = dist.log_prob(eta_old, batch.action)
+    assert natural.cg is not None
+    length = math.sqrt(2 * max_kl / natural.curvature)
+    step, expected_gain = length * natural.cg.x, length * natural.slope
+    eta_old, log_prob_old = natural.eta_old, dist.log_prob(natural.eta_old, batch.action)
 
     def evaluate(scale: float) -> tuple[float, float]:
         policy.theta.assign_(torch.add(theta_old, step, alpha=scale))
@@ -226,59 +207,106 @@ def trust_region_step(
     search = _search(evaluate, settings.line_search, max_kl, expected_gain)
     if not search.accepted:
         policy.theta.assign_(theta_old)
-        outcome = Outcome.NO_CANDIDATE if settings.line_search.enabled else Outcome.NONFINITE_STEP
-        return StepReport(outcome, max_kl, gradient_norm, cg=cg, search=search)
+        return report(Outcome.NO_CANDIDATE if settings.line_search.enabled else Outcome.NONFINITE_STEP, search=search)
     policy.theta.assign_(torch.add(theta_old, step, alpha=search.scale))  # whichever candidate was evaluated last
-    return StepReport(
+    return report(
         Outcome.ACCEPTED,
-        max_kl,
-        gradient_norm,
-        step_norm=search.scale * length * norm,
+        step_norm=search.scale * length * natural.norm,
         expected_gain=search.scale * expected_gain,
         gain=search.gain,
         quadratic_kl=search.scale**2 * max_kl,
         kl=search.kl,
         scale=search.scale,
         search=search,
-        cg=cg,
     )
 
 
-def _looked_at(
+@dataclass(frozen=True, slots=True)
+class _NaturalGradient:
+    """x ≈ (F + λI)⁻¹g at θ_old, or why there is none to go along."""
+
+    eta_old: Tensor  # [B, K]
+    gradient_norm: float
+    failure: Outcome | None
+    cg: CGSolution | None = None  # has x; None if g was of no use
+    curvature: float = math.nan  # xᵀFx > 0, this and what follows: without failure
+    slope: float = math.nan  # gᵀx
+    norm: float = math.nan  # ‖x‖
+
+
+def _natural_gradient(
     policy: PolicyModel,
     batch: Batch,
     count: float,
     settings: NaturalGradientConfig,
     all_sum: AllSum,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Callable[[], tuple[CGSolution, Product]]]:
-    """η_old [B, K], the gradient [P], and what solves (F + λI) x = g and knows F, once g has been looked at."""
+) -> _NaturalGradient:
     linearization, scores, gradient = _gradient(policy, batch.obs, batch.action, batch.advantage)
     gradient = all_sum(gradient).div_(count)
-
-    def solve() -> tuple[CGSolution, Product]:
-        fisher, preconditioner = _curvature(
-            policy, linearization, batch.obs, scores, count, settings, all_sum, generator
-        )
-        cg = conjugate_gradient(
-            lambda v: fisher(v).add_(v, alpha=settings.damping),
-            gradient,
-            max_iterations=settings.cg_iterations,
-            tolerance=settings.cg_tolerance,
-            preconditioner=preconditioner,
-        )
-        return cg, fisher
-
-    return linearization.output, gradient, solve
+    gradient_norm = float(gradient.norm())
+    if failure := _useless(gradient, gradient_norm):
+        return _NaturalGradient(linearization.output, gradient_norm, failure)
+    fisher, preconditioner = _fisher(policy, linearization, batch.obs, scores, count, settings, all_sum, generator)
+    cg = conjugate_gradient(
+        lambda v: fisher(v).add_(v, alpha=settings.damping),
+        gradient,
+        max_iterations=settings.cg_iterations,
+        tolerance=settings.cg_tolerance,
+        preconditioner=preconditioner,
+    )
+    return _judged(linearization.output, gradient, gradient_norm, cg, fisher, settings.damping)
 
 
-def _found(found: Direction, policy: PolicyModel, batch: Batch, count: float) -> tuple[CGSolution, Product]:
-    """What has been solved, in copies, as reports are kept; and F, which is seldom asked for."""
+def _recorded_natural_gradient(
+    direction: RecordedDirection, policy: PolicyModel, batch: Batch, count: float, settings: NaturalGradientConfig
+) -> _NaturalGradient:
+    """The same by `direction`; what is kept for the report in copies."""
+    found = Direction(*direction(settings, batch.obs, batch.action, batch.advantage))
+    gradient_norm = float(found.gradient_norm)
+    if failure := _useless(found.gradient, gradient_norm):
+        return _NaturalGradient(found.eta, gradient_norm, failure)
     cg = solution(found.x.clone(), found.residual.clone(), found.trace)
-    return cg, lambda v: fisher_product(policy.linearize(batch.obs), policy.distribution, count=count)(v)
+
+    def fisher(v: Tensor) -> Tensor:  # seldom asked for
+        return fisher_product(policy.linearize(batch.obs), policy.distribution, count=count)(v)
+
+    return _judged(found.eta, found.gradient, gradient_norm, cg, fisher, settings.damping)
 
 
-def _curvature(
+def _useless(gradient: Tensor, norm: float) -> Outcome | None:
+    """Why there is nothing to solve for."""
+    if not math.isfinite(norm):
+        return Outcome.NONFINITE_GRADIENT
+    if norm**2 < torch.finfo(gradient.dtype).tiny:  # CG could not hold its square
+        return Outcome.ZERO_GRADIENT
+    return None
+
+
+def _judged(
+    eta_old: Tensor, gradient: Tensor, gradient_norm: float, cg: CGSolution, fisher: Product, damping: float
+) -> _NaturalGradient:
+    """What CG found, with its curvature, if it is one to go along."""
+    natural = partial(_NaturalGradient, eta_old, gradient_norm, cg=cg)
+    if cg.status is CGStatus.NONFINITE:
+        return natural(Outcome.NONFINITE_PRODUCT)
+    # Of a system that is all but solved it is rounding: x is as exact as its digits allow.
+    if cg.status is CGStatus.NONPOSITIVE_CURVATURE and not cg.relative_residual < 0.01:
+        return natural(Outcome.NONPOSITIVE_CURVATURE)
+    # xᵀFx, without λ: damping turns the step and does not shorten it. It takes no product, Fx = g − residual − λx,
+    # unless λ was all there was, and the difference is rounding.
+    fx = gradient - cg.residual - damping * cg.x
+    curvature, slope, norm = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient), cg.x.norm()]).tolist()
+    rounding = 1e-3 * slope
+    if curvature < rounding:
+        curvature = float(torch.dot(cg.x, fisher(cg.x)))
+    if not curvature > 0:
+        # Of a policy that is nearly certain of its actions F itself is rounding, of either sign. That breaks nothing.
+        return natural(Outcome.NO_CURVATURE if curvature >= -rounding else Outcome.NONPOSITIVE_CURVATURE)
+    return natural(None, curvature=curvature, slope=slope, norm=norm)
+
+
+def _fisher(
     policy: PolicyModel,
     linearization: Linearization,
     obs: Tensor,
