@@ -192,9 +192,6 @@ def train_peer(settings_file: str, scores: str, episodes: str) -> None:
     Path(scores).write_text(json.dumps(result))
 
 
-PHASES = ("rollout", "advantages", "policy_update", "value_fit", "statistics")  # of training, evaluations left out
-
-
 def _score(config: Config, run: RunDirectory, episodes: int, *, wall_s: float) -> dict[str, Any]:
     saved = load_policy(run.final, trust_code=True)
     scores, stochastic = (
@@ -215,7 +212,6 @@ def _score(config: Config, run: RunDirectory, episodes: int, *, wall_s: float) -
     return {
         "env_steps": saved.info["env_steps"],
         "wall_s": wall_s,
-        "train_s": sum(sum(filter(None, progress[f"time/{phase}_s"])) for phase in PHASES),
         "returns": scores.returns,
         "lengths": scores.lengths,
         "stochastic_returns": stochastic.returns,

@@ -60,8 +60,7 @@ def settings(config: Config) -> str:
 def learn(run: dict[str, Any], episodes: int, *, seed: int) -> dict[str, Any]:
     """Trains as `settings` says, then scores the last policy over `episodes` from `seed` on; what a result file keeps.
 
-    `train_s` is rollouts and updates alone; `wall_s` begins with imports, holds the evaluations along the way, and ends
-    before the last policy is scored.
+    `wall_s` begins with imports, holds the evaluations along the way, and ends before the last policy is scored.
     """
     started = time.perf_counter()
     meta = {
@@ -79,18 +78,14 @@ def learn(run: dict[str, Any], episodes: int, *, seed: int) -> dict[str, Any]:
     every, evaluation_seed = run["evaluation"]["every_steps"], stream_seed(run["seed"], "evaluation")
     evaluations: dict[str, list[float]] = {"env_steps": [], "mean": []}
     training: dict[str, list[float | None]] = {"env_steps": [], "return": []}
-    evaluating_s = 0.0
 
     def score(count: int, first: int, deterministic: bool = True) -> Any:
         policy: Any = FrozenPolicy(model)
         return evaluate(policy, env_config, model.action_space, episodes=count, seed=first, deterministic=deterministic)
 
     def evaluate_now() -> None:
-        nonlocal evaluating_s
-        before = time.perf_counter()
         evaluations["mean"].append(score(run["evaluation"]["episodes"], evaluation_seed).mean)
         evaluations["env_steps"].append(model.num_timesteps)
-        evaluating_s += time.perf_counter() - before
 
     batch = ENVS * SETTINGS["n_steps"]
     total = run["total_steps"] // batch * int(batch)
@@ -107,9 +102,7 @@ def learn(run: dict[str, Any], episodes: int, *, seed: int) -> dict[str, Any]:
         if every and done // every > (done - batch) // every:
             evaluate_now()
 
-    learning = time.perf_counter()
     model.learn(total, callback=_at_rollout_start(after_update))
-    train_s = time.perf_counter() - learning - evaluating_s
     evaluate_now()
     wall_s = time.perf_counter() - started
     scores = score(episodes, seed)
@@ -117,7 +110,6 @@ def learn(run: dict[str, Any], episodes: int, *, seed: int) -> dict[str, Any]:
     return {
         "env_steps": model.num_timesteps,
         "wall_s": wall_s,
-        "train_s": train_s,
         "returns": scores.returns,
         "lengths": scores.lengths,
         "stochastic_returns": stochastic.returns,
