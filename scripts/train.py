@@ -29,6 +29,8 @@ def main() -> int:
             print(f"resumes {resume}; --from is ignored, since that run has a policy")
     evaluate = f"{_python()} {os.path.relpath(Path(__file__).with_name('evaluate.py'))}"  # seen from here
     trainer = Trainer(config, root=args.root, resume=resume, start_from=start_from)
+    if trainer.group.leads:
+        print(f"{config.env.id} on {trainer.device}, in {trainer.run}", flush=True)
     result = trainer.train()
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")

@@ -580,6 +580,7 @@ def test_the_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     ) as process:
         assert process.stdout is not None
+        assert "slow_env:Slow-v0 on cpu, in " in process.stdout.readline()
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "waiting\n"  # taken note of: the update under way goes on

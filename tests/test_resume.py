@@ -174,6 +174,7 @@ def test_sigterm_saves_a_checkpoint_and_the_run_goes_on_from_there(tmp_path, cap
     arguments = ("--config", undisturbed / "config.yaml", "--root", tmp_path / "b")
     with subprocess.Popen(command("train.py", *arguments), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        assert "Pendulum-v1 on cpu, in " in process.stdout.readline()
         assert "steps/s" in process.stdout.readline()  # the first update is done
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()

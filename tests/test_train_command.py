@@ -169,6 +169,7 @@ def test_best_is_the_policy_with_the_highest_mean(trained):
         (("--config", "{tmp}/tiny.yaml", "--root", "{tmp}/tiny.yaml"), "cannot make a run"),
         (("--config", "{tmp}/tiny.yaml", "--from", "{tmp}/nowhere"), "no such file or directory"),
         (("--config", "{tmp}/tiny.yaml", "--from", str(PROJECT / "pretrained/Hopper-v5")), "it observes 11 numbers"),
+        (("--config", "{tmp}/tiny.yaml", "--config", "{tmp}/tiny.yaml"), "--config was given twice"),
         (("--resume", "{tmp}"), "is not a run: it has no config.yaml"),
         ((), "--config"),
         (("--env", "CartPool-v1"), "CartPole-v1"),

@@ -10,13 +10,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trpo.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):
     """Reports a bad argument in one line, as everything else that is wrong with a command."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, _Once)  # of all arguments for which nothing else is said
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -31,6 +35,21 @@ class CommandParser(argparse.ArgumentParser):
     def add_changes(self, what: str) -> None:
         """`--set KEY=VALUE`, which may be repeated, as a list."""
         self.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"{what}; may be repeated")
+
+
+class _Once(argparse._StoreAction):
+    """One value: of two, one would be lost without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        if option is not None and getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option} was given twice")
+        super().__call__(parser, namespace, values, option)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -214,9 +214,16 @@ class Trainer:
             self.writer = self._open_files(console, resumed=resumed)
         self.messages.open(self.writer)
         if self.writer is not None:
-            self._record_settings(self.writer, changed, resumed=resumed)
+            if changed or not resumed:
+                self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
+            if resumed and self.updates < self.config.updates:
+                self.run.set_final_aside()
+            if changed:
+                self._record_changes(changed)
+            if self._origin is not None:
+                self.messages.say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
             for note in self._notes(resumed=resumed):
-                self.messages.say(note)
+                self.messages.note(note)
 
     def _open_files(self, console: bool, *, resumed: bool) -> MetricsWriter:
         if resumed and self.updates == self.config.updates and not self._is_finished():
@@ -230,38 +237,29 @@ class Trainer:
             resume_step=self.env_steps if resumed else None,
         )
 
-    def _record_settings(self, writer: MetricsWriter, changed: list[str], *, resumed: bool) -> None:
-        """In the run's files; `changed`: what differs from those it was trained with."""
-        if changed or not resumed:
-            writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
-        if resumed and self.updates < self.config.updates:
-            self.run.set_final_aside()
-        if not changed:
-            return
+    def _record_changes(self, changed: list[str]) -> None:
+        """Of settings, by a run that goes on, in its files."""
         self.run.change_config(self.config)
         self.messages.say(f"goes on from {self.env_steps} steps with other settings: {'; '.join(changed)}")
         if any(line.startswith("total_steps:") for line in changed):
             bound = self.agent.kl_bound(self.progress)
-            self.messages.say(f"note: schedules run to the new end; the KL of the next update may be {bound:.3g}")
+            self.messages.note(f"schedules run to the new end; the KL of the next update may be {bound:.3g}")
         if self.evaluations.best_return == -math.inf and self.run.best.is_dir():
-            self.messages.say("note: evaluations are of another task from now on, and the first of them replaces best/")
+            self.messages.note("evaluations are of another task from now on, and the first of them replaces best/")
 
     def _notes(self, *, resumed: bool) -> Iterator[str]:
-        """What is to be said before the first update."""
+        """What one may not expect, to be said before the first update."""
         if resumed:
             here, code = self.device.type, code_in_use()
             if (began_on := self.run.began_on or here) != here:
-                yield f"note: this run began on {began_on} and goes on on {here}, which rounds otherwise"
+                yield f"this run began on {began_on} and goes on on {here}, which rounds otherwise"
             if code and (began_with := self.run.began_with or code) != code:
-                yield f"note: this run began with the code of commit {began_with} and goes on with {code}"
+                yield f"this run began with the code of commit {began_with} and goes on with {code}"
         if self.options:
-            yield f"note: resets are given {self.options} over env.options, as on_update had set"
-        if self._origin is not None:
-            yield f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}"
-        for remark in remarks(self.config, self.agent.policy, self.action_space, new=not resumed):
-            yield f"note: {remark}"
+            yield f"resets are given {self.options} over env.options, as on_update had set"
+        yield from remarks(self.config, self.agent.policy, self.action_space, new=not resumed)
         if not self._restorable:
-            yield "note: this environment backend cannot be restored to the bit; a resumed run starts new episodes"
+            yield "this environment backend cannot be restored to the bit; a resumed run starts new episodes"
 
     def train(self, *, max_updates: int | None = None) -> RunResult:
         """Trains to the end (or for `max_updates` more updates), then saves, evaluates the last policy and closes.
@@ -529,50 +527,52 @@ class Trainer:
 
     def _load_state(self, path: Path, state: dict[str, Any]) -> list[str]:
         """Takes up a checkpoint; the settings that differ from those it was trained with."""
-        assert self.env is not None
         changed: list[str] = []
         try:
             saved = Config.model_validate(state["config"])
             changed = config_difference(saved, self.config)
-            self._refuse_other(saved)
+            for key, why in FIXED.items():
+                if getattr(saved, key) != getattr(self.config, key):
+                    raise UserError(f"{key} cannot change within a run, {why}; go on without it, or start a new run")
             if len(state["processes"]) != self.group.size:
                 problem = f"saved by {len(state['processes'])} processes, resumed with {self.group.size}; use as many"
                 raise CheckpointError(f"{path}: {problem}")
-            self.agent.load_state_dict(state["agent"])
-            for name in COUNTERS:
-                setattr(self, name, state["counters"][name])
+            self._load_learner(state, saved)
             if changed and self._is_finished():
                 # Nothing would be trained with them, and the record would say that all was.
                 given = f"raise total_steps too, to train on with {'; '.join(changed)}"
                 raise UserError(f"{self.run} is finished; {given}")
             if self.updates > self.config.updates:
                 raise UserError(f"total_steps {self.config.total_steps}: the run has taken {self.env_steps} already")
-            if same_evaluations(saved, self.config):
-                self.evaluations.best_return = state["counters"]["best_return"]
-                self.evaluations.latest = state["evaluation"] and Evaluation(**state["evaluation"])
-            self.options = state["options"]
-            local = state["processes"][self.group.rank]
-            collector = local["collector"]
-            if collector["env"] is None:
-                self._begin_anew("an environment failed after this checkpoint")
-            elif not (same_episodes(saved, self.config) or self._by_hand):
-                collector = {**collector, "env": None}
-                self._begin_anew("the environment is another one")
-            self._tell_options()
-            self.collector.load_state_dict(collector)  # first: it shows whether episodes go on
-            self.agent.load_local_state_dict(local["agent"], new_episodes=not self.collector.goes_on)
-            self.recent.load_state_dict(state["recent"])
-            self.autosave.saved_at_step = self.env_steps
+            self._load_episodes(state["processes"][self.group.rank], saved)
             return changed
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             why = "; ".join([gist(error), *changed])
             raise CheckpointError(f"{path}: does not fit this config ({why})") from error
 
-    def _refuse_other(self, saved: Config) -> None:
-        """Settings that a run with these cannot go on with."""
-        for key, why in FIXED.items():
-            if getattr(saved, key) != getattr(self.config, key):
-                raise UserError(f"{key} cannot change within a run, {why}; go on without it, or start a new run")
+    def _load_learner(self, state: dict[str, Any], saved: Config) -> None:
+        """What is the same on all processes: what was learned, and what is known of it."""
+        self.agent.load_state_dict(state["agent"])
+        for name in COUNTERS:
+            setattr(self, name, state["counters"][name])
+        if same_evaluations(saved, self.config):
+            self.evaluations.best_return = state["counters"]["best_return"]
+            self.evaluations.latest = state["evaluation"] and Evaluation(**state["evaluation"])
+        self.options = state["options"]
+        self.recent.load_state_dict(state["recent"])
+        self.autosave.saved_at_step = self.env_steps
+
+    def _load_episodes(self, local: dict[str, Any], saved: Config) -> None:
+        """What is this process's own: running episodes, unless they cannot go on, and random streams."""
+        collector = local["collector"]
+        if collector["env"] is None:
+            self._begin_anew("an environment failed after this checkpoint")
+        elif not (same_episodes(saved, self.config) or self._by_hand):
+            collector = {**collector, "env": None}
+            self._begin_anew("the environment is another one")
+        self._tell_options()
+        self.collector.load_state_dict(collector)  # first: it shows whether episodes go on
+        self.agent.load_local_state_dict(local["agent"], new_episodes=not self.collector.goes_on)
 
     def _begin_anew(self, why: str) -> None:
         """New episodes, not those that the run began with, where those of a checkpoint cannot go on."""

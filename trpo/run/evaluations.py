@@ -72,7 +72,7 @@ class Evaluations:
             result = run()
         if result.cut:
             cut = f"{result.cut} of {episodes} episodes were cut after {max(result.lengths)} steps"
-            self.messages.say(f"note: {cut}, evaluation.max_episode_steps: the environment has no time limit")
+            self.messages.note(f"{cut}, evaluation.max_episode_steps: the environment has no time limit")
         self.latest = result
         return result
 

@@ -21,6 +21,10 @@ class Messages:
         if self._writer is not None:
             self._writer.message(text)
 
+    def note(self, text: str) -> None:
+        """A line of the run's about what one may not expect."""
+        self.say(f"note: {text}")
+
     def warn(self, text: str) -> None:
         """A line of this process's, whichever it is."""
         where = "" if self._group.leads else f"process {self._group.rank}: "
