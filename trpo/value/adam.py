@@ -39,7 +39,7 @@ class AdamFit:
         self.all_sum = all_sum
         self._adam = Adam(value.theta.vector)
         self._linearizations: dict[int, ClosedForm] = {}  # work space by minibatch size; a fit has two at most
-        self._recorded = Recorded(self._epoch, first=True, after=settings.epochs)
+        self._recorded = Recorded(self._blind_epoch, first=True, after=settings.epochs)
 
     def fit(self, value: ValueFunction, obs: Tensor, target: Tensor, *, progress: float) -> FitReport:
         return self.start(value, obs, target, progress=progress)()
@@ -63,28 +63,18 @@ class AdamFit:
         batches = max(1, int(total) // self.settings.minibatch_size)
         sizes = [len(rows) for rows in target.tensor_split(batches)]
         mlp = value.network if isinstance(value.network, MLP) and in_closed_form(value.network) else None
-        # Neither compiled code nor a graph sums over processes on the way.
-        native, in_one = None, False
-        if mlp is not None and self.all_sum is one_process:
-            native, in_one = mlp.native, can_record(obs.device)
+        if self.all_sum is not one_process:
+            mlp = None  # neither compiled code nor a graph sums over processes on the way
+        epoch = self._replayed_epoch if mlp is not None and can_record(obs.device) else self._epoch
         counts = self.all_sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
         wanted = target.unsqueeze(-1)
         orders = (self._order(len(obs), obs.device) for _ in range(self.settings.epochs))
+        native = None if mlp is None else mlp.native
         steps = self._adam.all_at_once(native, value.theta.vector, obs, wanted, orders, sizes, learning_rate)
-        for order in orders if not steps else ():
+        if not steps:
             # Gathered once an epoch: minibatches are then views.
-            shuffled, shuffled_wanted = obs.index_select(0, order), wanted.index_select(0, order)
-            if in_one:
-                ahead = self._adam.ahead(batches, learning_rate)
-                self._recorded(value, batches, shuffled, shuffled_wanted, *ahead)
-                steps += batches
-                continue
-            minibatches = zip(shuffled.tensor_split(batches), shuffled_wanted.tensor_split(batches), strict=True)
-            for (x, y), count in zip(minibatches, counts, strict=True):
-                if count:  # processes with less than a sample a minibatch all put theirs in the first ones
-                    gradient = self._gradient(value, x, y, count, self._linearizations)
-                    self._adam.step(value.theta.vector, gradient, learning_rate)
-                    steps += 1
+            gathered = ((obs.index_select(0, order), wanted.index_select(0, order)) for order in orders)
+            steps = sum(epoch(value, x, y, counts, learning_rate) for x, y in gathered)
         after = squared_error(value, obs, target, self.all_sum)
         looked_at = torch.cat([before, after, self._adam.finite().to(after)])
 
@@ -108,9 +98,32 @@ class AdamFit:
         return torch.randperm(rows, generator=torch.Generator(device).manual_seed(seed), device=device)
 
     def _epoch(
+        self, value: ValueFunction, obs: Tensor, target: Tensor, counts: Sequence[float], learning_rate: float
+    ) -> int:
+        """Steps on minibatches of obs [B, D] and target [B, 1] in order, of so many samples of all processes together.
+
+        Returns:
+            The number of steps.
+        """
+        steps = 0
+        for x, y, count in zip(obs.tensor_split(len(counts)), target.tensor_split(len(counts)), counts, strict=True):
+            if count:  # processes with less than a sample a minibatch all put theirs in the first ones
+                gradient = self._gradient(value, x, y, count, self._linearizations)
+                self._adam.step(value.theta.vector, gradient, learning_rate)
+                steps += 1
+        return steps
+
+    def _replayed_epoch(
+        self, value: ValueFunction, obs: Tensor, target: Tensor, counts: Sequence[float], learning_rate: float
+    ) -> int:
+        """The same, recorded."""
+        self._recorded(value, len(counts), obs, target, *self._adam.ahead(len(counts), learning_rate))
+        return len(counts)
+
+    def _blind_epoch(
         self, value: ValueFunction, batches: int, obs: Tensor, target: Tensor, steps: Tensor, learning_rate: Tensor
     ) -> Tensors:
-        """Steps on so many minibatches of obs [B, D] and target [B, 1] in order; the rest as of `Adam.ahead`."""
+        """What is recorded; the last two as of `Adam.ahead`."""
         made: dict[int, ClosedForm] = {}  # here, since a recording has no part in what others free
         for x, y in zip(obs.tensor_split(batches), target.tensor_split(batches), strict=True):
             gradient = self._gradient(value, x, y, len(x), made)
