@@ -65,6 +65,10 @@ class Faulty(Counting):
         match self.fault:
             case "nan_reward":
                 return obs, np.nan, terminated, truncated, info
+            case "huge_reward":
+                return obs, 1e160, terminated, truncated, info
+            case "huge_obs":
+                return obs - 1e160, reward, terminated, truncated, info
             case "inf_obs":
                 return obs + np.inf, reward, terminated, truncated, info
             case "obs_shape":

@@ -343,6 +343,8 @@ class TestFaults:
         [
             ("nan_reward", r"gave a reward that is not finite \(nan\)"),
             ("inf_obs", "gave an observation that is not finite"),
+            ("huge_reward", r"gave a reward that is beyond 1e\+100 \(1e\+160\)"),
+            ("huge_obs", r"gave an observation that is beyond 1e\+100"),
             ("obs_shape", r"returned float64\[3\] as its observation, its observation_space says float64\[4\]"),
             ("obs_dtype", r"returned float32\[4\] as its observation, its observation_space says float64\[4\]"),
             ("obs_list", "returned a list as its observation"),
@@ -718,8 +720,25 @@ class TestVectorEnvAdapter:
         envs = VectorEnvAdapter(SyncVectorEnv(makers), seed=0)
         envs.reset()
         envs.step(torch.zeros(2, 1, dtype=torch.int64))
-        with pytest.raises(EnvError, match=r"environment 1 gave a reward that is not finite .* at step 2"):
+        with pytest.raises(EnvError, match=r"environment 1, after 2 steps, gave a reward that is not finite"):
             envs.step(torch.zeros(2, 1, dtype=torch.int64))
+
+    @pytest.mark.parametrize("seed", [3, [3, 4]])
+    def test_a_restored_one_begins_other_episodes_than_before(self, seed: Any) -> None:
+        def first(steps: int | None) -> list[float]:
+            envs = VectorEnvAdapter(gymnasium.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync"), seed=seed)
+            obs = envs.reset() if steps is None else envs.load_state_dict({"steps": steps})
+            return obs.flatten().tolist()
+
+        begun = [first(steps) for steps in (None, 5, 6)]
+        assert begun[0] != begun[1] != begun[2] != begun[0]
+        assert first(5) == begun[1]
+
+    def test_a_failing_reset_is_an_environments_failure(self) -> None:
+        envs = VectorEnvAdapter(SyncVectorEnv([faulty_envs.Counting]))
+        envs._env.reset = None
+        with pytest.raises(EnvError, match="the vector environment, in reset, raised TypeError"):
+            envs.reset()
 
     def test_an_undeclared_mode_is_refused(self) -> None:
         raw = SyncVectorEnv([faulty_envs.Counting])

@@ -793,6 +793,7 @@ def test_too_many_broken_updates_in_a_row_end_the_run(where: str, tmp_path: Path
             resume(run)
     assert_finite(last_state(run))
     assert last_state(run)["counters"]["updates"] == 3
+    assert len(table(run, PROGRESS_FILE)) == 3  # that of the update that was too much, too
     assert resume(run).evaluation is not None
 
 

@@ -497,3 +497,41 @@ def test_frozen_parameters_stay_and_the_others_take_their_own_natural_gradient_s
     moved = policy.theta.vector - theta
     # The direction, by a solve of a matrix of condition 1e3 or less and by CG to its end.
     assert float(moved @ expected / moved.norm() / expected.norm()) == pytest.approx(1, abs=1e-8)
+
+
+@pytest.mark.parametrize("max_kl", [0.0, -1.0, math.nan])
+def test_a_bound_that_is_none_is_refused(max_kl: float) -> None:
+    policy = make_policy()
+    with pytest.raises(ValueError, match="max_kl has to be above 0"):
+        step(policy, make_batch(policy), max_kl=max_kl)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "problem"),
+    [
+        ("advantage", lambda x: x[:1], r"advantage is \[1\]; 40 observations of this policy have \[40\]"),
+        ("action", lambda x: x[:, :1], r"action is \[40, 1\]; 40 observations of this policy have \[40, 2\]"),
+        ("advantage", lambda x: x.float(), "advantage is torch.float32, θ is torch.float64"),
+        ("obs", lambda x: x.float(), "obs is torch.float32, θ is torch.float64"),
+    ],
+)
+@pytest.mark.parametrize("opaque", [False, True], ids=["closed form", "autograd"])
+def test_a_batch_that_is_not_the_policys_is_refused(part: str, change: Any, problem: str, opaque: bool) -> None:
+    policy = make_policy(opaque=opaque)
+    batch = make_batch(policy)
+    with pytest.raises(ValueError, match=problem):
+        step(policy, replace(batch, **{part: change(getattr(batch, part))}))
+
+
+def test_an_interrupted_line_search_leaves_theta_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy()
+    batch, theta = make_batch(policy), policy.theta.vector.clone()
+
+    def interrupted(*args: Any) -> Any:
+        assert not torch.equal(policy.theta.vector, theta)  # at a candidate
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(policy, batch)
+    assert torch.equal(policy.theta.vector, theta)

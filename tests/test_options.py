@@ -276,7 +276,7 @@ def test_a_killed_run_knows_what_it_was_last_told_and_how_it_was_judged(tmp_path
     assert "note: resets are given {'x': 4.0} over env.options, as on_update had set" in (run / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("bad", [{"x": {1.0, 2.0}}, {"x": object()}])
+@pytest.mark.parametrize("bad", [{"x": {1.0, 2.0}}, {"x": object()}, None])
 def test_options_that_no_checkpoint_can_hold_are_refused_and_what_was_trained_is_saved(
     bad: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -25,9 +25,11 @@ from helpers import (
 )
 from torch import Tensor
 
-from trpo.config import Config
-from trpo.distributions import DiagonalGaussian
+from trpo.batch import Batch
+from trpo.config import Config, NaturalGradientConfig
+from trpo.distributions import Categorical, DiagonalGaussian
 from trpo.errors import ConfigError
+from trpo.natural_gradient import trust_region_step
 from trpo.natural_gradient.explicit import eta_function
 from trpo.networks.gaussian_heads import GaussianHead, GivenStdHead
 from trpo.networks.mlp import MLP
@@ -350,3 +352,20 @@ def test_a_policy_that_is_all_frozen_acts_and_is_copied() -> None:
     policy, obs = make_policy(), randn(5, OBS_DIM)
     for other in (copy.deepcopy(policy.requires_grad_(False)), pickle.loads(pickle.dumps(policy))):
         assert torch.equal(other.mode(obs), policy.mode(obs)) and other.theta.vector.shape == (0,)
+
+
+def test_a_policy_that_is_moved_stays_behind_theta() -> None:
+    policy = make_policy().float()
+    assert policy.theta.vector.dtype == torch.float32
+    policy.theta.assign_(policy.theta.vector + 1)
+    assert torch.equal(torch.cat([p.flatten() for p in policy.parameters()]), policy.theta.vector)
+    batch = make_batch(policy)
+    batch = Batch(batch.obs.float(), batch.action.float(), batch.advantage.float())
+    before = [p.clone() for p in policy.parameters()]
+    assert trust_region_step(policy, batch, max_kl=0.01, settings=NaturalGradientConfig()).accepted
+    assert not any(torch.equal(p, was) for p, was in zip(policy.parameters(), before, strict=True))
+
+
+def test_a_network_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no parameters, so that there is nothing to train"):
+        Policy(torch.nn.Identity(), Categorical([2]), ObservationNormalizer(2, clip=10.0, dtype=F64))

@@ -315,3 +315,11 @@ def test_best_is_replaced_whole(tmp_path: Path) -> None:
     for value in (1, 2):
         save_state(run.best, {"return": value}, replace=True)
     assert load_state(run.best) == {"return": 2}
+
+
+def test_settings_are_changed_whatever_a_killed_process_left_there(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, config())
+    (run.path / f".config.yaml.partial-{os.getpid()}").write_text("half")
+    run.change_config(config().model_copy(update={"seed": 7}))
+    assert load_config(run.config_file).seed == 7
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.yaml", "meta.json"]

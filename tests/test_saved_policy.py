@@ -23,6 +23,7 @@ from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trpo.distributions import distribution_for
 from trpo.errors import CheckpointError, EnvError
 from trpo.run.checkpoint import load_state, save_state
 from trpo.run.saved_policy import SavedPolicy, load_policy, save_policy
@@ -317,6 +318,21 @@ def test_hostile_values_are_a_checkpoint_error(kind, tmp_path):
     save_state(tmp_path / "hostile", altered(state, *HOSTILE[kind]))
     with pytest.raises(CheckpointError, match="not a policy this version can open"):
         load_policy(tmp_path / "hostile")
+
+
+def test_layers_that_are_not_stored_take_no_memory(tmp_path, monkeypatch):
+    state = load_state(saved_policy(tmp_path / "p", config_for(), OBS_DIM, SPACES["box_float64"]).path)
+    save_state(tmp_path / "hostile", altered(state, ("config", "policy", "bins"), 10**5))
+    built = []
+
+    def counted(space, bins, **options):
+        built.append(bins)
+        return distribution_for(space, bins=bins, **options)
+
+    monkeypatch.setattr("trpo.run.saved_policy.distribution_for", counted)
+    with pytest.raises(CheckpointError, match="its settings describe"):
+        load_policy(tmp_path / "hostile")
+    assert built == [2]  # and not 10⁵ x 10⁵ numbers
 
 
 def _places(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -18,8 +18,9 @@ import pytest
 from commands import PROJECT, Outcome, command, one_line, run_process, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trpo.command_line import run_command
+from trpo.command_line import CommandParser, run_command
 from trpo.config.file import load_config, parse_config
+from trpo.errors import UserError
 from trpo.evaluation import evaluate
 from trpo.run.checkpoint import checkpoint_paths
 from trpo.run.saved_policy import load_policy
@@ -285,3 +286,12 @@ def test_an_interrupted_command_says_so_in_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="130"):
         run_command(interrupted)
     assert one_line(capsys.readouterr().err) == "interrupted"
+
+
+def test_a_repeated_option_is_refused_whatever_its_value() -> None:
+    parser = CommandParser()
+    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--set", action="append")
+    assert parser.parse_args(["--episodes", "20", "--set", "a", "--set", "b"]).set == ["a", "b"]
+    with pytest.raises(UserError, match="--episodes was given twice"):
+        parser.parse_args(["--episodes", "20", "--episodes", "2"])

@@ -565,3 +565,13 @@ def test_a_prolonged_run_still_knows_what_its_last_evaluation_returned(tmp_path:
     with closing(Trainer(prolonged, resume=run, console=False)) as second:
         assert second.best_return == first.best_return and second.evaluation == first.evaluation
         assert "of another task" not in (run / "log.txt").read_text()
+
+
+def test_there_is_no_iteration_after_the_end_nor_after_close(tmp_path: Path) -> None:
+    source = trainer(tmp_path, updates=1)
+    source.iteration()
+    with pytest.raises(RuntimeError, match="the run is at its end"):
+        source.iteration()
+    source.close()
+    with pytest.raises(RuntimeError, match="this trainer is closed"):
+        source.iteration()

@@ -13,6 +13,7 @@ from torch import Tensor
 from trpo.batch import Rollout
 from trpo.colored_noise import ColoredNoise
 from trpo.envs.contract import BatchEnv, Step, check_env_count
+from trpo.envs.returned import LARGEST
 from trpo.errors import EnvError
 from trpo.policy import Policy
 
@@ -266,10 +267,16 @@ def _store(row: Rollout, step: Step) -> None:
 
 
 def _check_finite(out: Rollout) -> None:
-    """Raises `EnvError` unless all is finite. Backends in host memory find it themselves, in the step where it is."""
+    """Raises `EnvError` unless all is finite, and can be squared.
+
+    Backends in host memory find it themselves, in the step where it is.
+    """
     for name, values in (("action", out.action), ("observation", out.next_obs), ("reward", out.reward)):
-        finite = values.isfinite()
-        if not finite.all():
-            t, n = (~finite).nonzero()[0, :2].tolist()
+        usable = values.isfinite()
+        if values.dtype == torch.float64:
+            usable &= values.abs() <= LARGEST
+        if not usable.all():
+            t, n = (~usable).nonzero()[0, :2].tolist()
             cause = "the policy diverged" if name == "action" else "the simulation diverged or divides by zero"
-            raise EnvError(f"environment {n}, step {t} of the rollout: the {name} is not finite ({cause})")
+            problem = f"beyond {LARGEST:g}" if values[t, n].isfinite().all() else "not finite"
+            raise EnvError(f"environment {n}, step {t} of the rollout: the {name} is {problem} ({cause})")

@@ -47,8 +47,10 @@ class _Once(argparse._StoreAction):
         values: Any,
         option: str | None = None,
     ) -> None:
-        if option is not None and getattr(namespace, self.dest) is not self.default:
+        given = namespace.__dict__.setdefault("options_given", set())
+        if option is not None and self.dest in given:
             parser.error(f"{option} was given twice")
+        given.add(self.dest)
         super().__call__(parser, namespace, values, option)
 
 

@@ -25,7 +25,7 @@ CHECK_SIZES = (1, 5, 64)  # batch sizes of the round trip
 TOLERANCE = 1e-4  # of the round trip, relative to the largest output: two float32 libraries differ by some 1e-6
 
 
-def export_onnx(saved: SavedPolicy, path: Path) -> None:
+def export_onnx(saved: SavedPolicy, path: str | Path) -> None:
     """Writes the deterministic policy as an ONNX model.
 
     Input `observation` [N, D] float32, as the environment gives it; output `action` [N, …] as the environment takes it:
@@ -41,7 +41,7 @@ def export_onnx(saved: SavedPolicy, path: Path) -> None:
     """
     _check_packages()
     try:
-        with whole_file(path) as file:
+        with whole_file(Path(path)) as file:
             with _saying("torch cannot write this policy as an ONNX model"):
                 _write(saved, file)
             problem = _difference(saved, file.read_bytes())

@@ -20,11 +20,11 @@ from trpo.networks.gaussian_heads import GaussianHead, GivenStdHead
 from trpo.networks.linearization import Linearization
 from trpo.networks.mlp import MLP
 from trpo.networks.network import build_network, frozen, in_closed_form, linearize
-from trpo.networks.parameters import FlatParameters
+from trpo.networks.parameters import FlatModule, FlatParameters
 from trpo.normalizer import ObservationNormalizer
 
 
-class Policy(nn.Module):
+class Policy(FlatModule):
     """π_θ(a|s), with the observation normaliser it was trained with inside.
 
     `network` maps normalised observations [B, D] to the distribution parameters; for a Gaussian these pass through a

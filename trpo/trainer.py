@@ -82,7 +82,7 @@ class Trainer:
         start_from: a saved policy, or a run that has one, to begin a new run with; V is new all the same.
         console: show progress.
         env: environments made by hand, as many as this process's share, in place of those `config.env` describes;
-            the evaluations are still of `config.env`.
+            the evaluations are still of `config.env`. They are closed with the trainer.
         make_agent: called with what `Agent` takes, for a learner of your own, such as a subclass. Whoever goes on with
             its checkpoints has to give it again.
         on_update: called in every process after each update, with this trainer and the update's report. Metrics are
@@ -216,10 +216,10 @@ class Trainer:
         if self.writer is not None:
             if changed or not resumed:
                 self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}```")
-            if resumed and self.updates < self.config.updates:
-                self.run.set_final_aside()
             if changed:
                 self._record_changes(changed)
+            if resumed and self.updates < self.config.updates:
+                self.run.set_final_aside()
             if self._origin is not None:
                 self.messages.say(f"starts from {self._origin.path}, a policy of {self._origin.config.env.id}")
             for note in self._notes(resumed=resumed):
@@ -349,6 +349,8 @@ class Trainer:
 
         To be called within `torch_for_training`.
         """
+        if self._closed or self.updates == self.config.updates:
+            raise RuntimeError("this trainer is closed" if self._closed else "the run is at its end")
         started = time.perf_counter()
         timers = PhaseTimers()
         self.agent.set_std(self.progress)
@@ -380,6 +382,7 @@ class Trainer:
                 "trust_region/skipped_updates": self.skipped_updates,
             }
             self.writer.write(metrics, env_steps=self.env_steps)
+        self._give_up_if_broken(report.step)
         if self.updates < self.config.updates and self._is_due(self.config.evaluation.every_steps, report):
             self._evaluate(self.config.evaluation.episodes)  # `_finish` does so after the last one
         return report
@@ -419,6 +422,8 @@ class Trainer:
         with self._saved_on_error():
             answer = self.on_update(self, report)
             try:
+                if not isinstance(self.options, dict):
+                    raise TypeError(f"they are {self.options!r}, no dict")
                 encode(self.options, "options", {})
             except (TypeError, ValueError) as error:
                 self.options = before
@@ -459,6 +464,8 @@ class Trainer:
         self.skipped_updates += 1
         self.messages.say(f"update {self.updates} left the policy unchanged: {step.reason}")
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if step.numerics_failed else 0
+
+    def _give_up_if_broken(self, step: StepReport) -> None:
         if self.nonfinite_in_a_row >= self.config.natural_gradient.abort_after:
             self._save_checkpoint()  # none of these updates moved the policy, so that what came before is all there
             met = f"{self.nonfinite_in_a_row} updates in a row met NaN, infinity or negative curvature"

@@ -30,7 +30,7 @@ AXIS_LABELS = {
 LABEL_WIDTH, LABEL_CHARACTERS = 60, 200
 
 
-def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAULT_METRIC) -> list[Ending]:
+def plot_runs(directories: Sequence[str | Path], output: str | Path, *, metric: str = DEFAULT_METRIC) -> list[Ending]:
     """Draws a metric against environment steps: one panel per environment, one colour per name, a mean over seeds.
 
     The metric is looked for in `progress.csv`, then in `evaluations.csv` and in `recorded.csv`. Runs of one name that
@@ -52,7 +52,8 @@ def plot_runs(directories: Sequence[Path], output: Path, *, metric: str = DEFAUL
         UserError: there is no run, none that can be read or has such a column, nothing measured, no matplotlib, or
             `output` cannot be written.
     """
-    drawn = read_curves(directories, metric)
+    output = Path(output)
+    drawn = read_curves([Path(directory) for directory in directories], metric)
     figure = draw(drawn, metric)
     image = io.BytesIO()
     try:

@@ -108,7 +108,7 @@ def plan(
     agent: str = "trpo",
 ) -> list[Job]:
     """All runs of a benchmark, seed by seed so that an interrupted one has the same seeds of every task."""
-    tasks = list(tasks)
+    tasks = list(dict.fromkeys(tasks))
     jobs = []
     for seed in range(seeds):
         for task in tasks:

@@ -18,10 +18,11 @@ class Ordinal(NormalNoise):
 
         log p_i = i η_0 + Σ_{1 ≤ j ≤ i} η_j + const,   i = 0 … n − 1
 
-    η holds a tilt η_0 and the n − 1 differences of neighbouring logits for each component, K = A n. The differences
-    alone could be any categorical distribution, and an undamped natural gradient would not notice how it is written.
-    Damping does: the tilt shifts the mean, where the Fisher information is large and damping takes little; a difference
-    moves the values above it against those below; and what bends the distribution out of shape is damped most.
+    η holds a tilt η_0 and the n − 1 differences of neighbouring logits for each component, K = A n. The differences are
+    Tang & Agrawal's logits and could be any categorical distribution alone; the tilt is added here. An undamped natural
+    gradient would not notice how the distribution is written. Damping does: the tilt shifts the mean, where the Fisher
+    information is large and damping takes little; a difference moves the values above it against those below; and what
+    bends the distribution out of shape is damped most.
 
     Args:
         space: bounds of the actions, finite.
@@ -105,7 +106,7 @@ class Ordinal(NormalNoise):
         x = steps / self._width.clamp(min=std).unsqueeze(-1)
         return nn.functional.pad((-0.5 * x.square()).diff(), (1, 0)).flatten()
 
-    # Values come first, [n, B, A]: sums over them then run along memory, which makes a softmax 15 times as fast.
+    # Values come first, [n, B, A]: sums over them then run along memory, which makes a softmax several times as fast.
 
     def _logits(self, eta: Tensor) -> Tensor:
         """[B, K] → Cᵀη [n, B, A]."""

@@ -7,7 +7,7 @@ only, for worker processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -17,8 +17,10 @@ from gymnasium.spaces.utils import flatten, flatten_space
 from gymnasium.utils import RecordConstructorArgs
 
 from trpo.envs.spaces import Array
+from trpo.errors import EnvError
 
 SUCCESS_KEYS = ("is_success", "success")  # Gymnasium-Robotics' and stable-baselines3's, Meta-World's
+LARGEST = 1e100  # of an observation or a reward: running moments sum their squares
 _FLAGS = (bool, int, np.bool_, np.integer)
 _SCALAR_KINDS = "biuf"  # bool, integers, float
 
@@ -54,6 +56,26 @@ def flat_observation(obs: Any, space: Box) -> Array:
         f"returned {kind_of(obs)} as its observation, its observation_space says {space.dtype}{list(space.shape)}: "
         f"return np.asarray(obs, dtype=np.{space.dtype}) of that shape, or declare the space as it is"
     )
+
+
+def check_finite(values: Array, what: str, where: Callable[[int], str]) -> None:
+    """Raises `EnvError` unless all rows [N, …] are finite, and of a size that can be squared.
+
+    Args:
+        values: what the environments gave.
+        what: its name, with an article.
+        where: names environment i, and when.
+    """
+    usable = np.isfinite(values)
+    if values.dtype == np.float64:
+        usable &= np.abs(values) <= LARGEST
+    if not usable.all():
+        i = int(np.flatnonzero(~usable.reshape(len(values), -1).all(axis=1))[0])
+        problem = f"beyond {LARGEST:g}" if np.isfinite(values[i]).all() else "not finite"
+        raise EnvError(
+            f"{where(i)} gave {what} that is {problem} ({values[i].tolist()}): the simulation diverged or the "
+            "environment divides by zero; fix it there, nothing downstream has used the value"
+        )
 
 
 def scalar_reward(reward: Any) -> float:

@@ -1,6 +1,6 @@
 """`EnvShard`: some Gymnasium environments stepped in a loop, writing into arrays given to it.
 
-Both backends run this code, in their own process or in workers, so they cannot differ. Gymnasium's SyncVectorEnv and
+Backends run this code in their own process or in workers, so they cannot differ. Gymnasium's SyncVectorEnv and
 AsyncVectorEnv are not used: a killed worker of the latter surfaces as a bare EOFError and close() then hangs, a hung
 worker or an exception that cannot be pickled hangs step() for ever, and one process per environment is slow where
 environments outnumber cores.
@@ -19,9 +19,17 @@ import numpy as np
 
 from trpo.config import EnvConfig
 from trpo.envs.replay import EpisodeLog, ReplayError, begin, needs_fresh_environment, random_state, replay
-from trpo.envs.returned import Flattened, flag, flat_observation, numbers_of, scalar_reward, success_of
+from trpo.envs.returned import (
+    Flattened,
+    check_finite,
+    flag,
+    flat_observation,
+    numbers_of,
+    scalar_reward,
+    success_of,
+)
 from trpo.envs.single import close_env, failure, make_single_env
-from trpo.envs.spaces import ActionEncoding, Array, row_space
+from trpo.envs.spaces import ActionEncoding, row_space
 from trpo.envs.stagger import NEVER, first_episode_length
 from trpo.envs.step_buffers import EnvSpaces, StepBuffers
 from trpo.errors import EnvError
@@ -72,29 +80,31 @@ class EnvShard:
 
     def reset(self) -> None:
         """Starts k new episodes; first observations in `reset_obs`."""
+        self._check_open()
         for i in range(len(self._envs)):
             self._begin(i)
         self._buffers.valid[:] = True
         self._episode_steps[:] = 0
         self._returns[:] = 0
-        self._check_finite(self._buffers.reset_obs, "a first observation")
+        check_finite(self._buffers.reset_obs, "a first observation", self._where)
 
     def step(self) -> None:
         """Takes the actions in the buffers and writes everything else in them; rows that are not `valid` stay."""
+        self._check_open()
         buffers = self._buffers
         self._episode_steps += buffers.valid
         buffers.success[:] = np.nan
         buffers.info[:] = np.nan
         self._act()
-        self._check_finite(buffers.reward, "a reward")
-        self._check_finite(buffers.next_obs, "an observation")
+        check_finite(buffers.reward, "a reward", self._where)
+        check_finite(buffers.next_obs, "an observation", self._where)
         np.add(self._returns, buffers.reward, out=self._returns, where=buffers.valid)
         done = buffers.terminated | buffers.truncated
         np.copyto(buffers.reset_obs, buffers.next_obs, where=(buffers.valid & ~done)[:, None])
         if done.any():
             for i in np.flatnonzero(done & buffers.valid).tolist():
                 self._begin(i)
-            self._check_finite(buffers.reset_obs, "a first observation of its next episode")
+            check_finite(buffers.reset_obs, "a first observation of its next episode", self._where)
             self._episode_steps[done] = 0
             self._returns[done] = 0
 
@@ -163,6 +173,10 @@ class EnvShard:
         while self._envs:
             close_env(self._envs.pop())
 
+    def _check_open(self) -> None:
+        if not self._envs:
+            raise RuntimeError("these environments are closed")
+
     def _begin(self, i: int) -> None:
         env, seed, rng = self._envs[i], self._seeds[i], None
         try:
@@ -191,15 +205,6 @@ class EnvShard:
         close_env(self._envs[i])
         self._envs[i] = make_single_env(self._config)
         return self._envs[i]
-
-    def _check_finite(self, values: Array, what: str) -> None:
-        finite = np.isfinite(values)
-        if not finite.all():
-            i = int(np.flatnonzero(~finite.reshape(len(values), -1).all(axis=1))[0])
-            raise EnvError(
-                f"{self._where(i)} gave {what} that is not finite ({values[i].tolist()}): the simulation diverged or "
-                "the environment divides by zero; fix it there, nothing downstream has used the value"
-            )
 
     def _where(self, i: int) -> str:
         return f"environment {self._first + i}, step {self._episode_steps[i]} of its episode,"

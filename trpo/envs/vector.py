@@ -12,7 +12,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from trpo.envs.contract import Step, native_actions
-from trpo.envs.returned import SUCCESS_KEYS, ReturnError, numbers_of, success_of
+from trpo.envs.returned import SUCCESS_KEYS, ReturnError, check_finite, numbers_of, success_of
+from trpo.envs.shard import restart_seed
 from trpo.envs.single import close_env, failure
 from trpo.envs.spaces import ActionEncoding, Array, check_observation_space, flatten_batch, is_flat, row_space
 from trpo.envs.step_buffers import EnvSpaces, StepBuffers
@@ -24,7 +25,7 @@ class VectorEnvAdapter:
 
     NEXT_STEP: the row after an episode's end is a reset and no transition, so not valid. SAME_STEP: the successor at an
     episode's end is `infos["final_obs"]`. DISABLED: ended environments are reset here, in the same step.
-    A vector environment cannot be restored: `state_dict` is empty and `load_state_dict` starts new episodes.
+    A vector environment cannot be restored: `load_state_dict` starts new episodes.
 
     Args:
         vector_env: Closed by `close`.
@@ -46,7 +47,7 @@ class VectorEnvAdapter:
     ) -> None:
         name = type(vector_env.unwrapped).__name__
         self._env = vector_env
-        self._seed = seed
+        self._first_seed = self._seed = seed
         self.info_names = tuple(info)
         self._mode = _autoreset_mode(vector_env, name)
         self._raw_space = vector_env.single_observation_space
@@ -68,11 +69,14 @@ class VectorEnvAdapter:
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""
         seed, self._seed = self._seed, None
-        obs, _ = self._env.reset(seed=seed)  # type: ignore[arg-type]
+        try:
+            obs, _ = self._env.reset(seed=seed)  # type: ignore[arg-type]
+        except Exception as error:
+            raise failure("the vector environment, in reset,", error) from error
         self._write(self._buffers.reset_obs, obs)
         self._buffers.valid[:] = True
         self._ended[:] = False
-        self._check_finite(self._buffers.reset_obs, "a first observation")
+        check_finite(self._buffers.reset_obs, "a first observation", self._where)
         return self._step.reset_obs
 
     def step(self, action: Tensor) -> Step:
@@ -97,18 +101,23 @@ class VectorEnvAdapter:
             buffers.valid[resets] = buffers.terminated[resets] = buffers.truncated[resets] = False
         self._ended = buffers.terminated | buffers.truncated
         self._settle(obs, self._ended, infos)
-        self._check_finite(buffers.reward, "a reward")
-        self._check_finite(buffers.next_obs, "an observation")
+        check_finite(buffers.reward, "a reward", self._where)
+        check_finite(buffers.next_obs, "an observation", self._where)
         if self._ended.any():  # else both observations are the same
-            self._check_finite(buffers.reset_obs, "a first observation")
+            check_finite(buffers.reset_obs, "a first observation", self._where)
         return self._step
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: a vector environment cannot be restored (`exact_resume` is False)."""
-        return {}
+        """How far they came, which tells new episodes from earlier ones; nothing can be restored (`exact_resume`)."""
+        return {"steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """Starts new episodes, since nothing can be restored."""
+        """Starts new episodes, since nothing can be restored, by other seeds than those that were given, if any."""
+        self._steps = state.get("steps", 0)
+        given = [self._first_seed] if isinstance(self._first_seed, int) else self._first_seed
+        if given is not None:
+            seeds = [restart_seed(seed, self._steps) for seed in given]
+            self._seed = seeds[0] if isinstance(self._first_seed, int) else seeds
         return self.reset()
 
     def close(self) -> None:
@@ -162,14 +171,8 @@ class VectorEnvAdapter:
             )
         target[:] = rows
 
-    def _check_finite(self, values: Array, what: str) -> None:
-        finite = np.isfinite(values)
-        if not finite.all():
-            i = int(np.flatnonzero(~finite.reshape(self.num_envs, -1).all(axis=1))[0])
-            raise EnvError(
-                f"environment {i} gave {what} that is not finite ({values[i].tolist()}) at step {self._steps}: "
-                "fix it in the environment, nothing downstream has used the value"
-            )
+    def _where(self, i: int) -> str:
+        return f"environment {i}, after {self._steps} steps,"
 
 
 def _autoreset_mode(env: VectorEnv[Any, Any, Any], name: str) -> AutoresetMode:

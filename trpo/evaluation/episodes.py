@@ -95,11 +95,11 @@ class _Together:
     """Takes the steps of all episodes at once, with the same numbers as one after the other."""
 
     def __init__(self, simulations: Simulations, envs: dict[int, gymnasium.Env[Any, Any]]):
-        spaces = next(iter(envs.values()))
-        shapes: tuple[Any, Any] = spaces.action_space.shape, spaces.observation_space.shape
+        first = next(iter(envs.values()))
+        shapes: tuple[Any, Any] = first.action_space.shape, first.observation_space.shape
         self._simulations = simulations
         self._number = {row: i for i, row in enumerate(envs)}
-        self._action = np.zeros((len(envs), *shapes[0]), spaces.action_space.dtype)
+        self._action = np.zeros((len(envs), *shapes[0]), first.action_space.dtype)
         self._obs = np.zeros((len(envs), *shapes[1]))
         self._reward = np.zeros(len(envs))
         self._terminated = np.zeros(len(envs), bool)

@@ -26,7 +26,7 @@ def evaluate(
     seed: int,
     deterministic: bool = True,
     max_episode_steps: int = 10_000,
-    video: Path | None = None,
+    video: str | Path | None = None,
     render: bool = False,
 ) -> Evaluation:
     """Runs `episodes` whole episodes, each in a new environment; the first is the same however many follow it.
@@ -57,6 +57,7 @@ def evaluate(
     if render and video is not None:
         raise ValueError("an environment is shown or recorded, not both")
     env_config = env_config.for_evaluation
+    video = None if video is None else Path(video)
     if video is not None:
         check_recordable(env_config)
     if render:

@@ -1,13 +1,14 @@
 """How many directions a step follows, damping given.
 
-In the natural metric every direction of θ whose eigenvalue f of F is well above λ carries the same noise, and those
-well below it none: the gradient of B independent samples has the noise covariance F/B (advantages standardised), so
-that along an eigenvector the step's share f/(f + λ) of its noise adds up to the effective dimension
+A step (F + λI)⁻¹g follows an eigenvector of F with eigenvalue f by its share f/(f + λ): all of those well above λ, none
+of those well below. They add up to the degrees of freedom of ridge regression,
 
     d(λ) = Σ f / (f + λ) = tr F (F + λI)⁻¹        (Zhang 2005)
 
-degrees of freedom that the step fits to B samples. With hundreds of observations, many actions and little damping there
-are more of them than samples. Action noise with a memory makes samples depend on each other, and the noise larger.
+that the step fits to B samples. Where advantages of variance 1 do not depend on the scores, the gradient's noise has
+the covariance F/B, and its energy E[gᵀ(F + λI)⁻¹g] is d(λ)/B. With hundreds of observations, many actions and little
+damping there are more of them than samples. Action noise with a memory makes samples depend on each other, and the
+noise larger.
 """
 
 from __future__ import annotations

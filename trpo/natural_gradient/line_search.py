@@ -19,8 +19,8 @@ class Rejection(StrEnum):
 @dataclass(frozen=True, slots=True)
 class LineSearchResult:
     scale: float  # accepted α, 0 if none was
-    gain: float  # actual surrogate improvement at α, 0 if none was accepted
-    kl: float  # actual mean KL at α, 0 if none was accepted
+    gain: float  # actual surrogate improvement at α; of a search that found none 0
+    kl: float  # actual mean KL at α; as `gain`
     tries: int  # candidates evaluated
     rejections: tuple[Rejection, ...]  # one per refused candidate, in order
 
@@ -41,8 +41,8 @@ def backtracking_line_search(
     """Finds the first α in 1, shrink, shrink², … that improves the surrogate within the KL bound.
 
     A candidate is accepted if gain and KL are finite, KL ≤ max_kl, gain > 0, and gain ≥ accept_ratio · α ·
-    expected_gain: the prediction at α is always taken from the full step, never compounded over tries (Schulman et al.
-    2015, App. C; Nocedal & Wright 2006, Alg. 3.1).
+    expected_gain: the prediction at α is always taken from the full step, never compounded over tries. (Schulman et al.
+    2015, App. C, has the search and the bound; the ratio is Armijo's, Nocedal & Wright 2006, Alg. 3.1.)
 
     Args:
         evaluate: α ↦ (surrogate gain over α = 0, mean KL) at θ_old + α · step. May leave θ anywhere.

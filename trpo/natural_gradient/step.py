@@ -43,6 +43,10 @@ from trpo.runtime.reduction import AllSum, one_process, total_count
 
 Product = Callable[[Tensor], Tensor]  # v ↦ Fv
 
+# Where a failure of arithmetic is told from one of no consequence; float32 has seven digits, of which CG loses some.
+ALL_BUT_SOLVED = 0.01  # relative residual: pᵀAp of what is left of such a system may have any sign
+ROUNDING = 1e-3  # of gᵀx: a smaller xᵀFx, as a difference or of a policy without curvature, may have any sign
+
 
 class PolicyModel(Protocol):
     """What a policy has to offer to be trained here."""
@@ -173,12 +177,17 @@ def trust_region_step(
     Args:
         policy: at θ_old, the policy that collected the batch.
         batch: samples of this process; advantages usually standardised over all processes.
-        max_kl: δ for this update (`settings.max_kl` may be a schedule; the caller evaluates it).
-        settings: damping, CG and line search.
+        max_kl: δ for this update, above 0.
+        settings: damping, CG and line search. What is about a whole run is the caller's: `max_kl` and its `cooldown`,
+            `max_kl_per_dimension` and `abort_after`.
         all_sum: sums a tensor over processes; the identity for one.
         generator: draws the Fisher subsample; on the CPU.
         direction: `blind_direction` of this policy, recorded; what it returns is read before its next call.
+
+    Raises:
+        ValueError: `max_kl` is not above 0, or the batch has other shapes or dtypes than the policy.
     """
+    _check(policy, batch, max_kl)
     theta_old = policy.theta.vector.clone()
     dist = policy.distribution
     count = total_count(len(batch.obs), all_sum)
@@ -204,7 +213,11 @@ def trust_region_step(
         gain_sum, kl_sum = all_sum(torch.stack([gain, kl])).tolist()
         return gain_sum / count, kl_sum / count
 
-    search = _search(evaluate, settings.line_search, max_kl, expected_gain)
+    try:
+        search = _search(evaluate, settings.line_search, max_kl, expected_gain)
+    except BaseException:
+        policy.theta.assign_(theta_old)
+        raise
     if not search.accepted:
         policy.theta.assign_(theta_old)
         return report(Outcome.NO_CANDIDATE if settings.line_search.enabled else Outcome.NONFINITE_STEP, search=search)
@@ -219,6 +232,21 @@ def trust_region_step(
         scale=search.scale,
         search=search,
     )
+
+
+def _check(policy: PolicyModel, batch: Batch, max_kl: float) -> None:
+    if not max_kl > 0:
+        raise ValueError(f"max_kl has to be above 0, not {max_kl}")
+    rows, dtype = len(batch.obs), policy.theta.vector.dtype
+    for name, tensor, shape in (
+        ("action", batch.action, (rows, policy.distribution.action_dim)),
+        ("advantage", batch.advantage, (rows,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}; {rows} observations of this policy have {list(shape)}")
+    for name, tensor in (("obs", batch.obs), ("advantage", batch.advantage)):
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, θ is {dtype}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,13 +319,13 @@ def _judged(
     if cg.status is CGStatus.NONFINITE:
         return natural(Outcome.NONFINITE_PRODUCT)
     # Of a system that is all but solved it is rounding: x is as exact as its digits allow.
-    if cg.status is CGStatus.NONPOSITIVE_CURVATURE and not cg.relative_residual < 0.01:
+    if cg.status is CGStatus.NONPOSITIVE_CURVATURE and not cg.relative_residual < ALL_BUT_SOLVED:
         return natural(Outcome.NONPOSITIVE_CURVATURE)
     # xᵀFx, without λ: damping turns the step and does not shorten it. It takes no product, Fx = g − residual − λx,
     # unless λ was all there was, and the difference is rounding.
     fx = gradient - cg.residual - damping * cg.x
     curvature, slope, norm = torch.stack([torch.dot(cg.x, fx), torch.dot(cg.x, gradient), cg.x.norm()]).tolist()
-    rounding = 1e-3 * slope
+    rounding = ROUNDING * slope
     if curvature < rounding:
         curvature = float(torch.dot(cg.x, fisher(cg.x)))
     if not curvature > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 class FlatParameters:
     """Makes every parameter of `module` a view of one contiguous vector, so that reading or writing θ is one copy.
 
-    Those with `requires_grad` off are frozen: no part of θ. Call after the module is on its device and in its dtype:
-    moving it later would break the views.
+    Those with `requires_grad` off are frozen: no part of θ. Whatever moves the module breaks the views: `FlatModule`.
 
     Attributes:
         vector: θ [P], live: changes with the module and changes it.
@@ -21,14 +21,27 @@ class FlatParameters:
     def __init__(self, module: nn.Module):
         parameters = free_parameters(module)
         self.layout = Layout([p.shape for p in parameters])
-        like = next(module.parameters()).detach()
-        self.vector = torch.cat([like.new_empty(0), *(p.detach().reshape(-1) for p in parameters)])
+        like = next(module.parameters(), None)
+        if like is None:
+            raise ValueError(f"{type(module).__name__} has no parameters, so that there is nothing to train")
+        self.vector = torch.cat([like.detach().new_empty(0), *(p.detach().reshape(-1) for p in parameters)])
         for parameter, view in zip(parameters, self.layout.split(self.vector), strict=True):
             parameter.data = view
 
     def assign_(self, theta: Tensor) -> None:
         """θ ← `theta` [P]."""
         self.vector.copy_(theta)
+
+
+class FlatModule(nn.Module):
+    """A module that has `FlatParameters` as its `theta`, also after `to`, `double` and the like."""
+
+    theta: FlatParameters
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.theta = FlatParameters(self)
+        return self
 
 
 def free_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from trpo.config.file import dump_config, load_config
 from trpo.errors import CheckpointError, UserError
 from trpo.run.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
 from trpo.run.record import circumstances, commit
+from trpo.run.whole_file import whole_file
 
 _held_locks: set[int] = set()  # file descriptors
 
@@ -135,10 +136,9 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the file cannot be written.
         """
-        new = self.path / f".{self.config_file.name}.new"
         try:
-            write_durably(new, dump_config(config).encode())
-            new.replace(self.config_file)
+            with whole_file(self.config_file) as new:
+                write_durably(new, dump_config(config).encode())
             sync_directory(self.path)
         except OSError as error:
             raise RunDirectoryError(f"cannot write {self.config_file}: {error.strerror or error}") from error

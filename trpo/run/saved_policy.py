@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trpo.config import Config, EnvConfig, LearnedStdConfig
 from trpo.config.difference import config_difference
-from trpo.distributions import DiagonalGaussian, distribution_for
+from trpo.distributions import DiagonalGaussian, Ordinal, distribution_for
 from trpo.envs.returned import ReturnError, flattened, kind_of
 from trpo.envs.space_data import decode_space, encode_observation_space, encode_space
 from trpo.envs.spaces import ActionEncoding, is_flat
@@ -321,8 +321,11 @@ def _check_sizes(config: Config, obs_dim: int, action_space: spaces.Space[Any], 
     """Refuses settings that describe larger layers than are stored, before memory is taken for them."""
     if config.policy.body is not None:
         return  # nobody knows how large it is before it is built
-    distribution = distribution_for(action_space, bins=config.policy.bins, dtype=getattr(torch, config.dtype))
+    bins = config.policy.bins
+    distribution = distribution_for(action_space, bins=bins and 2, dtype=getattr(torch, config.dtype))  # few, for now
     outputs = distribution.action_dim if isinstance(distribution, DiagonalGaussian) else distribution.param_dim
+    if bins is not None and isinstance(distribution, Ordinal):
+        outputs = distribution.action_dim * bins
     described = sum(rows * columns for rows, columns in pairwise([obs_dim, *config.policy.hidden_sizes, outputs]))
     stored = sum(tensor.numel() for tensor in tensors.values())
     if described > stored:

@@ -24,6 +24,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with contextlib.suppress(OSError):  # of a process killed before, of the same number
+        partial.unlink()
     try:
         yield partial
         os.replace(partial, path)

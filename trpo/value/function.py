@@ -7,16 +7,16 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trpo.config import Config
 from trpo.networks.mlp import MLP
 from trpo.networks.network import BodyAndHead, build_network
-from trpo.networks.parameters import FlatParameters
+from trpo.networks.parameters import FlatModule, FlatParameters
 from trpo.runtime.reduction import AllSum, one_process
 
 
-class ValueFunction(nn.Module):
+class ValueFunction(FlatModule):
     """V(s) for normalised observations, in units of scaled reward."""
 
     def __init__(self, network: MLP | BodyAndHead):
@@ -39,7 +39,8 @@ class ValueFunction(nn.Module):
 
 
 class AverageValue:
-    """V̄(s): a value function whose θ is the exponential moving average of V's over updates (Polyak & Juditsky 1992).
+    """V̄(s): a value function whose θ is the exponential moving average of V's over updates (after Polyak & Juditsky
+    1992, whose average is uniform).
 
     A fit follows the noise of its batch as far as V can bend. From one batch to the next that noise is another and
     averages out, while what V has learned stays. Advantages and targets are estimated with V̄; fits go on from V.
