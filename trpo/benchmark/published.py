@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    trpo: str  # best of the TRPO family over several seeds (classic control and Box2D: one agent)
+    trpo: str  # best of the TRPO family over several seeds on Gym's own tasks (classic control and Box2D: one agent)
     source: str
     ppo: str = "–"  # Tianshou's PPO at 1M
 
