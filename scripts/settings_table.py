@@ -26,7 +26,8 @@ natural_gradient:
 Only `env.id` is required. Values are YAML 1.2 scalars: `1e-3`, `0.001` and `1_000_000` are numbers, `true` and `false`
 the only booleans, and what looks like neither (`on`, `0x10`, `010`) is text, which a number or boolean refuses. A key
 given twice, an unknown key, a tag, an anchor or an alias is an error that names the file, the line and the key path.
-`env.kwargs`, `env.options` and the `kwargs` of wrappers and bodies hold anything; every other value is checked before the run starts.
+`env.kwargs`, `env.options` and the `kwargs` of wrappers and bodies hold anything; every other value is checked before
+the run starts.
 
 """
 

@@ -871,9 +871,20 @@ def test_an_environment_that_changes_the_working_directory_does_not_take_the_run
     monkeypatch.chdir(home)
 
 
-def test_networks_that_do_not_fit_into_memory_are_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not fit into memory \(.*\): make hidden_sizes, policy.bins, .* smaller"):
-        Trainer(plain_config(value={"hidden_sizes": (10**6, 10**10)}), root=tmp_path, console=False)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"value": {"hidden_sizes": (10**6, 10**10)}},
+        {"value": {"hidden_sizes": (10**24,)}},
+        {"batch_size": 96 * 10**12, "total_steps": 96 * 10**12},
+        {"batch_size": 96 * 10**24, "total_steps": 96 * 10**24},
+    ],
+)
+def test_what_does_not_fit_into_memory_is_one_clear_error(settings: dict[str, Any], tmp_path: Path) -> None:
+    message = r"does not fit into memory \(.*\): make hidden_sizes, policy.bins, .* smaller"
+    with pytest.raises(UserError, match=message) as caught:
+        Trainer(plain_config(**settings), root=tmp_path, console=False)
+    assert "\n" not in str(caught.value)
     assert not [*tmp_path.iterdir()]
 
 

@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from commands import config_for, random_policy, saved_policy
+from commands import PROJECT, config_for, random_policy, saved_policy
 from gymnasium import spaces
 from gymnasium.spaces import flatdim
 from helpers import seeded
@@ -25,8 +26,10 @@ from hypothesis import strategies as st
 
 from trpo.distributions import distribution_for
 from trpo.errors import CheckpointError, EnvError
+from trpo.evaluation import evaluate
 from trpo.run.checkpoint import load_state, save_state
 from trpo.run.saved_policy import SavedPolicy, load_policy, save_policy
+from trpo.run.trust import UntrustedCodeError
 
 OBS_DIM = 5
 SPACES: dict[str, spaces.Space[Any]] = {
@@ -434,3 +437,16 @@ def test_a_policy_of_other_spaces_is_none_to_start_from(tmp_path):
         origin.copy_to(wider, origin.config, SPACES["box"])
     with pytest.raises(CheckpointError, match=r"(?s)its actions are Box.*, the environment's Discrete"):
         origin.copy_to(random_policy(origin.config, OBS_DIM, other), origin.config, other)
+
+
+def test_it_evaluates_itself_where_it_was_trained_unless_that_names_code() -> None:
+    policy = load_policy(PROJECT / "pretrained" / "CartPole-v1")
+    settings = {"episodes": 3, "seed": 5, "deterministic": False}
+    expected = evaluate(policy.policy, policy.config.env, policy.action_space, **settings)
+    assert policy.evaluate(**settings) == expected
+    named = policy.config.env.model_copy(update={"id": "nowhere_to_be_found:Env-v0"})
+    other = replace(policy, config=policy.config.model_copy(update={"env": named}))
+    with pytest.raises(UntrustedCodeError, match="nowhere_to_be_found"):
+        other.evaluate(episodes=1, seed=0)
+    with pytest.raises(EnvError, match="nowhere_to_be_found"):
+        other.evaluate(episodes=1, seed=0, trust_code=True)

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
@@ -81,8 +82,8 @@ def memory_needed() -> Iterator[None]:
     """Within, a block of memory that cannot be had is a `UserError`."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        if isinstance(error, RuntimeError | TypeError) and not re.search("allocate|[Oo]verflow", str(error)):
             raise
         smaller = "make hidden_sizes, policy.bins, env.num_envs or batch_size smaller"
         raise UserError(f"what is trained does not fit into memory ({gist(error)}): {smaller}") from error

@@ -172,17 +172,18 @@ class Trainer:
             check_environment(self.agent.policy, config.env, self.action_space)
         if self._origin is not None:
             self._origin.copy_to(self.agent.policy, config, self.action_space)
-        self.collector = Collector(
-            env,
-            self.agent.policy,
-            config.rollout_length,
-            generator=torch_generator(config.seed, "actions"),
-            noise_exponent=config.policy.noise_exponent,
-            shard=shard,
-            total_envs=config.env.num_envs,
-            staggered=config.env.stagger and not self._by_hand,
-            info=config.env.info,
-        )
+        with memory_needed():
+            self.collector = Collector(
+                env,
+                self.agent.policy,
+                config.rollout_length,
+                generator=torch_generator(config.seed, "actions"),
+                noise_exponent=config.policy.noise_exponent,
+                shard=shard,
+                total_envs=config.env.num_envs,
+                staggered=config.env.stagger and not self._by_hand,
+                info=config.env.info,
+            )
         self.group.assert_equal(self.agent.policy.theta.vector, "the new policy")
 
     def _open_run(self, root: Path, resume: Path | None, console: bool) -> None:

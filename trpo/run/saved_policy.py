@@ -28,6 +28,7 @@ from trpo.envs.returned import ReturnError, flattened, kind_of
 from trpo.envs.space_data import decode_space, encode_observation_space, encode_space
 from trpo.envs.spaces import ActionEncoding, is_flat
 from trpo.errors import CheckpointError, ConfigError, EnvError, did_you_mean, gist, nearest_path
+from trpo.evaluation import Evaluation, evaluate
 from trpo.policy import Policy, build_policy
 from trpo.run.checkpoint import MANIFEST_FILE, checkpoint_paths, load_state, newest_checkpoint, save_state
 from trpo.run.directory import RunDirectory
@@ -68,6 +69,27 @@ class SavedPolicy:
         if named is not None:
             raise UntrustedCodeError(self.path, named, "policy.environment(trust_code=True)")
         return env
+
+    def evaluate(
+        self,
+        *,
+        episodes: int,
+        seed: int,
+        deterministic: bool = True,
+        video: str | Path | None = None,
+        trust_code: bool = False,
+    ) -> Evaluation:
+        """Whole episodes of the environment it was trained in; see `trpo.evaluation.evaluate`, and `environment`."""
+        return evaluate(
+            self.policy,
+            self.environment(trust_code=trust_code),
+            self.action_space,
+            episodes=episodes,
+            seed=seed,
+            deterministic=deterministic,
+            max_episode_steps=self.config.evaluation.max_episode_steps,
+            video=video,
+        )
 
     def act(self, observation: Any, *, deterministic: bool = True, generator: torch.Generator | None = None) -> Any:
         """Actions as the environment takes them: clipped to a Box space, counted from `start` in a Discrete one.
