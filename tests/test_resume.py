@@ -20,7 +20,7 @@ from trpo.errors import CheckpointError, EnvError, UserError
 from trpo.run import record
 from trpo.run.checkpoint import load_state, newest_checkpoint
 from trpo.run.metrics import EVALUATIONS_FILE, PROGRESS_FILE
-from trpo.run.saved_policy import load_policy
+from trpo.run.saved_policy import load_policy, save_policy
 from trpo.trainer import RunResult, Trainer
 
 UPDATES = 4
@@ -315,3 +315,15 @@ def test_command_refuses_to_resume_what_is_no_run_in_one_line(tmp_path, capsys, 
         outcome = run_script("train.py", *arguments, capture=capsys, patch=monkeypatch)
         assert outcome.status == 2
         assert problem in one_line(outcome.err)
+
+
+def test_a_better_policy_from_after_the_checkpoint_stays_the_best(tmp_path):
+    """As of a run that was killed between an evaluation and the next checkpoint, and then goes on otherwise."""
+    run = train(config(), tmp_path, max_updates=2).directory
+    saved = load_policy(run / "best")
+    later = {**saved.info, "env_steps": 10**6, "evaluation": {**saved.info["evaluation"], "eval/mean_reward": 1e6}}
+    save_policy(run / "best", saved.policy, saved.config, saved.action_space, later)
+    trainer = Trainer(config(), resume=run, console=False)
+    assert trainer.best_return == 1e6
+    trainer.train()
+    assert load_policy(run / "best").info == later

@@ -564,8 +564,8 @@ class Trainer:
         for name in COUNTERS:
             setattr(self, name, state["counters"][name])
         if same_evaluations(saved, self.config):
-            self.evaluations.best_return = state["counters"]["best_return"]
-            self.evaluations.latest = state["evaluation"] and Evaluation(**state["evaluation"])
+            latest = state["evaluation"] and Evaluation(**state["evaluation"])
+            self.evaluations.go_on(latest, state["counters"]["best_return"])
         self.options = state["options"]
         self.recent.load_state_dict(state["recent"])
         self.autosave.saved_at_step = self.env_steps

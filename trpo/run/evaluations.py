@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from gymnasium import spaces
 
 from trpo.config import Config
+from trpo.config.difference import same_evaluations
 from trpo.errors import CheckpointError
 from trpo.evaluation import Evaluation, evaluate
 from trpo.evaluation.video import VideoError
@@ -52,6 +54,14 @@ class Evaluations:
         self.observation_space = observation_space
         self.latest: Evaluation | None = None
         self.best_return = -math.inf
+
+    def go_on(self, latest: Evaluation | None, best_return: float) -> None:
+        """From a checkpoint. A better policy that was evaluated after it is in `best/` all the same, and stays."""
+        self.latest, self.best_return = latest, best_return
+        with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
+            state: Any = load_state(self.run.best)
+            if same_evaluations(Config.model_validate(state["config"]), self.config):
+                self.best_return = max(best_return, float(state["info"]["evaluation"]["eval/mean_reward"]))
 
     def evaluate(self, policy: Policy, *, episodes: int, env_steps: int) -> Evaluation:
         """Of the policy as it is; a video that cannot be made costs nothing but itself."""
