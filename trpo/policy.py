@@ -19,7 +19,7 @@ from trpo.errors import ConfigError
 from trpo.networks.gaussian_heads import GaussianHead, GivenStdHead
 from trpo.networks.linearization import Linearization
 from trpo.networks.mlp import MLP
-from trpo.networks.network import build_network, frozen, in_closed_form, linearize
+from trpo.networks.network import build_network, for_rollout, in_closed_form, linearize
 from trpo.networks.parameters import FlatModule, FlatParameters
 from trpo.normalizer import ObservationNormalizer
 
@@ -29,7 +29,7 @@ class Policy(FlatModule):
 
     `network` maps normalised observations [B, D] to the distribution parameters; for a Gaussian these pass through a
     `GaussianHead` or a `GivenStdHead`. Any module will do: one that offers `linearize` gets closed-form Fisher
-    products, others autograd; one that offers `frozen` has rollouts prepared by it.
+    products, others autograd; one that offers `for_rollout` says how it acts in one.
 
     Attributes:
         theta: all trainable parameters as one vector; those with `requires_grad` off at construction are left out.
@@ -108,11 +108,11 @@ class Policy(FlatModule):
     def _plain_actor(self, obs: Tensor, noise: Tensor, action: Tensor) -> Callable[[int], None]:
         acting, device = self._acting, self.theta.vector.device
         with acting():
-            parameters = frozen(self.network, self.normalizer)
+            eta = for_rollout(self.network, self.normalizer)
 
         def act(t: int) -> None:
             with acting():
-                action[t].copy_(self.distribution.sample(parameters(obs[t].to(device)), noise[t]))
+                action[t].copy_(self.distribution.sample(eta(obs[t].to(device)), noise[t]))
 
         return act
 

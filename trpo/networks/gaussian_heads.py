@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trpo.networks.linearization import Factors
 from trpo.networks.mlp import MLP, ClosedForm
-from trpo.networks.network import BodyAndHead, frozen, linearize
+from trpo.networks.network import BodyAndHead, for_rollout, linearize
 from trpo.normalizer import ObservationNormalizer
 
 
@@ -31,9 +31,9 @@ class GivenStdHead(nn.Module):
         """[B, D] → η [B, 2A]."""
         return self._eta(self.network(obs))
 
-    def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """See `frozen` of `trpo.networks.network`."""
-        network = frozen(self.network, normalizer)
+    def for_rollout(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
+        """See `for_rollout` of `trpo.networks.network`."""
+        network = for_rollout(self.network, normalizer)
         return lambda obs: self._eta(network(obs))
 
     def _eta(self, mean: Tensor) -> Tensor:
@@ -105,9 +105,9 @@ class GaussianHead(nn.Module):
         """[B, D] → η [B, 2A]."""
         return self._eta(self.network(obs), self._free_log_std())
 
-    def frozen(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
-        """See `frozen` of `trpo.networks.network`."""
-        network, log_std = frozen(self.network, normalizer), self._free_log_std()
+    def for_rollout(self, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
+        """See `for_rollout` of `trpo.networks.network`."""
+        network, log_std = for_rollout(self.network, normalizer), self._free_log_std()
         return lambda obs: self._eta(network(obs), log_std)
 
     def _free_log_std(self) -> Tensor | None:

@@ -77,15 +77,14 @@ def in_closed_form(network: nn.Module) -> bool:
     return hasattr(network, "linearize") and all(p.requires_grad for p in network.parameters())
 
 
-def frozen(network: nn.Module, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
+def for_rollout(network: nn.Module, normalizer: ObservationNormalizer) -> Callable[[Tensor], Tensor]:
     """x ↦ network(normalizer(x)) for as long as nothing changes in either.
 
-    A network may offer a `frozen(normalizer)` of its own; it is used only if the same class defines both it and
+    A network may offer a `for_rollout(normalizer)` of its own; it is used only if the same class defines both it and
     `forward`.
     """
-    written = [
-        next((kind for kind in type(network).__mro__ if name in vars(kind)), None) for name in ("frozen", "forward")
-    ]
-    if written[0] is None or written[0] is not written[1]:
+    kinds = type(network).__mro__
+    own, called = (next((kind for kind in kinds if name in vars(kind)), None) for name in ("for_rollout", "forward"))
+    if own is None or own is not called:
         return lambda x: network(normalizer(x))
-    return network.frozen(normalizer)  # type: ignore[operator]
+    return network.for_rollout(normalizer)  # type: ignore[operator]
