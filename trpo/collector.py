@@ -272,9 +272,7 @@ def _check_finite(out: Rollout) -> None:
     Backends in host memory find it themselves, in the step where it is.
     """
     for name, values in (("action", out.action), ("observation", out.next_obs), ("reward", out.reward)):
-        usable = values.isfinite()
-        if values.dtype == torch.float64:
-            usable &= values.abs() <= LARGEST
+        usable = values.abs() <= LARGEST if values.dtype == torch.float64 else values.isfinite()
         if not usable.all():
             t, n = (~usable).nonzero()[0, :2].tolist()
             cause = "the policy diverged" if name == "action" else "the simulation diverged or divides by zero"

@@ -16,10 +16,11 @@ from trpo.analysis.curves import Curve
 from trpo.analysis.plotting import draw
 from trpo.analysis.seed_statistics import bootstrap_interval, interquartile_mean
 from trpo.benchmark.published import PUBLISHED
+from trpo.benchmark.work import OURS, SB3
 from trpo.errors import UserError, gist
 from trpo.run.whole_file import whole_file
 
-AGENTS = ("trpo", "sb3-contrib")
+AGENTS = (OURS, SB3)
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:

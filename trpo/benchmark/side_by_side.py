@@ -17,8 +17,8 @@ import numpy as np
 
 from trpo.benchmark.learning_results import load_results
 from trpo.benchmark.markdown import number
-from trpo.benchmark.speed import OURS
 from trpo.benchmark.speed_report import Rows, best, median_ratio
+from trpo.benchmark.work import OURS
 from trpo.errors import UserError
 
 OUR_ROW = f"{OURS}, mujoco × 16, 2 workers, 2 threads"

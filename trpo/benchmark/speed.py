@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from trpo.benchmark import peer_learning, peers, speed_report
+from trpo.benchmark.work import OURS, SB3
 from trpo.config import EnvConfig
 from trpo.envs.single import close_env, make_single_env
 from trpo.errors import UserError
 
-OURS = "trpo"
 PARTS = ("update", "train", "recipes", "scaling", "memory")
 TASKS = ("Hopper-v5", "HalfCheetah-v5")
 # contender → name → how environments are run; threads of updates
@@ -40,7 +40,7 @@ SETUPS: dict[str, dict[str, dict[str, Any]]] = {
         "mujoco × 64, 2 workers, 2 threads": {"backend": "mujoco", "num_envs": 64, "workers": 2, "threads": 2},
         "envpool × 16, 2 workers, 2 threads": {"backend": "envpool", "num_envs": 16, "workers": 2, "threads": 2},
     },
-    "sb3-contrib": {
+    SB3: {
         **{f"DummyVecEnv × {n}": {"num_envs": n} for n in (8, 16)},  # beside ours of as many
         "SubprocVecEnv × 8": {"num_envs": 8, "subprocesses": True},
         **{f"DummyVecEnv × {n}": {"num_envs": n} for n in (1, 2)},
@@ -64,14 +64,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "envpool × 16, 2 workers, 2 threads",
         )
     },
-    "sb3-contrib": {
+    SB3: {
         f"rl-zoo, DummyVecEnv × {peer_learning.ENVS}": {"num_envs": peer_learning.ENVS},
         f"rl-zoo, DummyVecEnv × {peer_learning.ENVS}, 2 threads": {"num_envs": peer_learning.ENVS, "threads": 2},
     },
 }
 MEMORY_SETUPS = {  # 16 environments in the process itself
     OURS: "gymnasium × 16",
-    "sb3-contrib": "DummyVecEnv × 16",
+    SB3: "DummyVecEnv × 16",
     "tianshou": "DummyVectorEnv × 16",
     "skrl": "SyncVectorEnv × 16",
 }

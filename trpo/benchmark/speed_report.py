@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trpo.benchmark.markdown import milliseconds, number, table
+from trpo.benchmark.work import OURS, SB3
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OURS = "trpo"
-SB3 = "sb3-contrib"
 Rounds = Sequence[dict[str, float] | None]  # None: that measurement failed
 Rows = dict[str, Rounds]
 SHARE = ("steps_per_s", "random_steps_per_s")  # of training in random stepping

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+OURS, SB3 = "trpo", "sb3-contrib"  # contenders by name; the others are in `peers.py` alone
 UPDATE_TASK = "Hopper-v5"
 UPDATE_ENVS = 8
 BATCH = 2048

@@ -66,9 +66,7 @@ def check_finite(values: Array, what: str, where: Callable[[int], str]) -> None:
         what: its name, with an article.
         where: names environment i, and when.
     """
-    usable = np.isfinite(values)
-    if values.dtype == np.float64:
-        usable &= np.abs(values) <= LARGEST
+    usable = np.abs(values) <= LARGEST if values.dtype == np.float64 else np.isfinite(values)
     if not usable.all():
         i = int(np.flatnonzero(~usable.reshape(len(values), -1).all(axis=1))[0])
         problem = f"beyond {LARGEST:g}" if np.isfinite(values[i]).all() else "not finite"
