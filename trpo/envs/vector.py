@@ -114,10 +114,11 @@ class VectorEnvAdapter:
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """Starts new episodes, since nothing can be restored, by other seeds than those that were given, if any."""
         self._steps = state.get("steps", 0)
-        given = [self._first_seed] if isinstance(self._first_seed, int) else self._first_seed
-        if given is not None:
-            seeds = [restart_seed(seed, self._steps) for seed in given]
-            self._seed = seeds[0] if isinstance(self._first_seed, int) else seeds
+        given = self._first_seed
+        if isinstance(given, Sequence):
+            self._seed = [restart_seed(seed, self._steps) for seed in given]
+        elif given is not None:
+            self._seed = restart_seed(given, self._steps)
         return self.reset()
 
     def close(self) -> None:
