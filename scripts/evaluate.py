@@ -11,7 +11,7 @@ from trpo.command_line import CommandParser, at_least, run_command
 from trpo.config import Config, EnvConfig
 from trpo.config.file import dump_config, parse_config
 from trpo.errors import UserError
-from trpo.evaluation import Evaluation, evaluate
+from trpo.evaluation import Evaluation
 from trpo.run.saved_policy import SavedPolicy, load_policy
 
 
@@ -19,18 +19,15 @@ def main() -> None:
     args = _parse()
     saved = load_policy(args.policy, device=args.device, trust_code=args.trust_code)
     saved = replace(saved, config=_settings(saved, args))
-    env = saved.config.env if args.env else saved.environment(trust_code=args.trust_code)
-    result = evaluate(
-        saved.policy,
-        env,
-        saved.action_space,
+    result = saved.evaluate(
         episodes=args.episodes,
         seed=args.seed,
         deterministic=not args.stochastic,
-        max_episode_steps=saved.config.evaluation.max_episode_steps,
         video=args.video,
         render=args.render,
+        trust_code=args.trust_code or args.env is not None,  # what is named here is no policy's
     )
+    env = saved.config.env
     if args.json:
         print(json.dumps(_report(saved, env, result, args), allow_nan=False))
         return

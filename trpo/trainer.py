@@ -134,7 +134,8 @@ class Trainer:
         self.group = join_group(self.device)
         self.messages = Messages(self.group)
         try:
-            self._build()
+            with memory_needed():
+                self._build()
             self._open_run(root, resume, console)
         except BaseException:
             self.messages.abandon()
@@ -159,31 +160,29 @@ class Trainer:
             raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(self._seeds)} here")
         self.action_space = env.single_action_space
         self.observation_space = getattr(env, "unflattened_observation_space", None)  # not of all that is made by hand
-        with memory_needed():
-            self.agent = self._make_agent(
-                config,
-                env.single_observation_space,
-                env.single_action_space,
-                num_envs=env.num_envs,
-                group=self.group,
-                device=self.device,
-            )
+        self.agent = self._make_agent(
+            config,
+            env.single_observation_space,
+            env.single_action_space,
+            num_envs=env.num_envs,
+            group=self.group,
+            device=self.device,
+        )
         if self.group.leads and (self._by_hand or config.env.for_evaluation != config.env):
             check_environment(self.agent.policy, config.env, self.action_space)
         if self._origin is not None:
             self._origin.copy_to(self.agent.policy, config, self.action_space)
-        with memory_needed():
-            self.collector = Collector(
-                env,
-                self.agent.policy,
-                config.rollout_length,
-                generator=torch_generator(config.seed, "actions"),
-                noise_exponent=config.policy.noise_exponent,
-                shard=shard,
-                total_envs=config.env.num_envs,
-                staggered=config.env.stagger and not self._by_hand,
-                info=config.env.info,
-            )
+        self.collector = Collector(
+            env,
+            self.agent.policy,
+            config.rollout_length,
+            generator=torch_generator(config.seed, "actions"),
+            noise_exponent=config.policy.noise_exponent,
+            shard=shard,
+            total_envs=config.env.num_envs,
+            staggered=config.env.stagger and not self._by_hand,
+            info=config.env.info,
+        )
         self.group.assert_equal(self.agent.policy.theta.vector, "the new policy")
 
     def _open_run(self, root: Path, resume: Path | None, console: bool) -> None:

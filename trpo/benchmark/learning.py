@@ -26,7 +26,6 @@ from trpo.benchmark.learning_results import read_result, write_result
 from trpo.config import Config
 from trpo.config.file import dump_config, load_config
 from trpo.errors import UserError
-from trpo.evaluation import evaluate
 from trpo.run.directory import RunDirectory, find_run
 from trpo.run.metric_files import read_table
 from trpo.run.metrics import EVALUATIONS_FILE, PROGRESS_FILE
@@ -182,7 +181,7 @@ def train_one(config_file: str, scores: str, episodes: str) -> None:
     started = time.perf_counter()
     config, root = load_config(config_file), Path(config_file).parent
     path = Trainer(config, root=root, resume=find_run(root, config)).train().directory
-    result = _score(config, RunDirectory(path), int(episodes), wall_s=time.perf_counter() - started)
+    result = _score(RunDirectory(path), int(episodes), wall_s=time.perf_counter() - started)
     Path(scores).write_text(json.dumps(result))
 
 
@@ -192,18 +191,10 @@ def train_peer(settings_file: str, scores: str, episodes: str) -> None:
     Path(scores).write_text(json.dumps(result))
 
 
-def _score(config: Config, run: RunDirectory, episodes: int, *, wall_s: float) -> dict[str, Any]:
+def _score(run: RunDirectory, episodes: int, *, wall_s: float) -> dict[str, Any]:
     saved = load_policy(run.final, trust_code=True)
     scores, stochastic = (
-        evaluate(
-            saved.policy,
-            config.env,
-            saved.action_space,
-            episodes=episodes,
-            seed=EVALUATION_SEED,
-            deterministic=deterministic,
-            max_episode_steps=config.evaluation.max_episode_steps,
-        )
+        saved.evaluate(episodes=episodes, seed=EVALUATION_SEED, deterministic=deterministic, trust_code=True)
         for deterministic in (True, False)
     )
     meta = json.loads(run.meta_file.read_text())

@@ -77,6 +77,7 @@ class SavedPolicy:
         seed: int,
         deterministic: bool = True,
         video: str | Path | None = None,
+        render: bool = False,
         trust_code: bool = False,
     ) -> Evaluation:
         """Whole episodes of the environment it was trained in; see `trpo.evaluation.evaluate`, and `environment`."""
@@ -89,6 +90,7 @@ class SavedPolicy:
             deterministic=deterministic,
             max_episode_steps=self.config.evaluation.max_episode_steps,
             video=video,
+            render=render,
         )
 
     def act(self, observation: Any, *, deterministic: bool = True, generator: torch.Generator | None = None) -> Any:
