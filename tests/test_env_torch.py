@@ -360,8 +360,17 @@ class TestNotFinite:
         with pytest.raises(EnvError, match="environment 0, step 0 of the rollout: the action is not finite"):
             collector.collect()
 
-    @pytest.mark.parametrize(("what", "value"), [("reward", math.nan), ("reward", -1e160), ("next_obs", math.inf)])
-    def test_what_an_environment_gives_is_named(self, what: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("what", "value", "problem"),
+        [
+            ("reward", math.nan, "reward is not finite"),
+            ("reward", -1e160, r"reward is beyond 1e\+100"),
+            ("next_obs", math.inf, "observation is not finite"),
+        ],
+    )
+    def test_what_an_environment_gives_is_named(
+        self, what: str, value: float, problem: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         envs = make("Pendulum-v1")
         collector = Collector(envs, policy_for(envs, "Pendulum-v1"), 4, generator=seeded())
         honest, steps = envs.step, []
@@ -374,8 +383,7 @@ class TestNotFinite:
             return step
 
         monkeypatch.setattr(envs, "step", faulty)
-        name = {"reward": "reward", "next_obs": "observation"}[what]
-        with pytest.raises(EnvError, match=f"environment 2, step 2 of the rollout: the {name} is (not finite|beyond)"):
+        with pytest.raises(EnvError, match=f"environment 2, step 2 of the rollout: the {problem}"):
             collector.collect()
 
 
