@@ -254,7 +254,7 @@ def test_the_preconditioner_of_a_subsample_has_the_scores_of_its_rows(monkeypatc
             given.append(scores)
             super().__init__(linearization, scores, **options)
 
-    monkeypatch.setattr("trpo.natural_gradient.step.KroneckerPreconditioner", Watched)
+    monkeypatch.setattr("trpo.natural_gradient.direction.KroneckerPreconditioner", Watched)
     policy = make_policy()
     batch = make_batch(policy, size=200)
     scores = policy.distribution.score(policy(batch.obs), batch.action)
@@ -347,7 +347,7 @@ def test_what_cg_has_when_it_breaks_down_far_from_a_solution_is_no_step(monkeypa
         return CGSolution(x, 0.5 * x, 0.5, 3, CGStatus.NONPOSITIVE_CURVATURE, torch.ones(3, dtype=F64))
 
     for name in ("conjugate_gradient", "solution"):
-        monkeypatch.setattr(f"trpo.natural_gradient.step.{name}", broken)
+        monkeypatch.setattr(f"trpo.natural_gradient.direction.{name}", broken)
     report = refused(policy, make_batch(policy))
     assert report.outcome is Outcome.NONPOSITIVE_CURVATURE and report.numerics_failed
 
@@ -374,7 +374,7 @@ def test_a_policy_all_but_certain_has_no_curvature_and_nothing_broke() -> None:
 def test_curvature_that_is_negative_beyond_rounding_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """F = −0.2 I beside a damping of 0.3: the sum is positive for CG, F is not."""
     product = lambda *args, **options: lambda v: -0.2 * v  # noqa: E731
-    monkeypatch.setattr("trpo.natural_gradient.step.fisher_product", product)
+    monkeypatch.setattr("trpo.natural_gradient.direction.fisher_product", product)
     report = refused(*saturated(), damping=0.3)
     assert report.outcome is Outcome.NONPOSITIVE_CURVATURE and report.numerics_failed
 

@@ -23,7 +23,7 @@ from trpo.config.schedule import cooldown, value_at
 from trpo.distributions import Ordinal
 from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
-from trpo.natural_gradient.step import RecordedDirection
+from trpo.natural_gradient.direction import RecordedDirection
 from trpo.networks.autograd_linearization import twice_differentiable
 from trpo.networks.gaussian_heads import GivenStdHead
 from trpo.normalizer import RewardScaler

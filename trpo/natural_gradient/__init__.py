@@ -1,11 +1,13 @@
 """The natural-gradient update, usable on its own: Fisher products, conjugate gradients, line search, the TRPO step."""
 
 from trpo.natural_gradient.conjugate_gradient import CGSolution, CGStatus, conjugate_gradient
+from trpo.natural_gradient.direction import blind_direction
 from trpo.natural_gradient.effective_dimension import effective_dimension
 from trpo.natural_gradient.fisher import fisher_product
 from trpo.natural_gradient.kronecker import KroneckerPreconditioner
 from trpo.natural_gradient.line_search import LineSearchResult, Rejection, backtracking_line_search
-from trpo.natural_gradient.step import Outcome, StepReport, blind_direction, trust_region_step
+from trpo.natural_gradient.report import Outcome, StepReport
+from trpo.natural_gradient.step import trust_region_step
 
 __all__ = [
     "CGSolution",

@@ -17,8 +17,8 @@ import torch
 
 from trpo.batch import Batch
 from trpo.natural_gradient.conjugate_gradient import conjugate_gradient
+from trpo.natural_gradient.direction import PolicyModel
 from trpo.natural_gradient.fisher import fisher_product
-from trpo.natural_gradient.step import PolicyModel
 from trpo.runtime.reduction import AllSum, one_process, total_count
 
 
