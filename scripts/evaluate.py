@@ -46,7 +46,7 @@ def _settings(saved: SavedPolicy, args: argparse.Namespace) -> Config:
         if not change.startswith(("env.", "evaluation.")):
             raise UserError(f"--set {change}: only env.* and evaluation.* can differ from the policy's run")
     if args.env:
-        config = config.model_copy(update={"env": EnvConfig(id=args.env)})
+        config = config.model_copy(update={"env": EnvConfig(id=args.env, num_envs=config.env.num_envs)})
     return parse_config(dump_config(config), source=str(saved.path), overrides=args.set) if args.set else config
 
 

@@ -10,7 +10,10 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -22,6 +25,7 @@ from trpo.benchmark.learning_results import load_results, write_tables
 from trpo.benchmark.side_by_side import OUR_ROW, side_by_side
 from trpo.config.file import load_config
 from trpo.errors import UserError
+from trpo.evaluation import evaluate
 from trpo.runtime.cores import worker_count
 
 TINY = """\
@@ -220,6 +224,38 @@ def test_another_implementations_run_has_its_own_settings_and_its_own_fingerprin
     assert len(prints) == 3
 
 
+def test_another_implementations_policy_is_evaluated_with_and_without_noise() -> None:
+    """A model that knows nothing but the mean 0.5, of which all that is asked is here."""
+
+    class Model:
+        env = gymnasium.make("Pendulum-v1")
+        observation_space, action_space = env.observation_space, env.action_space
+        policy = property(lambda self: self)
+
+        def get_vec_normalize_env(self) -> Any:
+            return SimpleNamespace(normalize_obs=lambda obs: obs)
+
+        def set_training_mode(self, training: bool) -> None:
+            assert not training
+
+        def get_distribution(self, obs: torch.Tensor) -> Any:
+            half = torch.full((len(obs), 1), 0.5)
+            return SimpleNamespace(distribution=torch.distributions.Normal(half, torch.ones_like(half)))
+
+    model, config = Model(), load_config(CONFIGS / "pendulum.yaml").env
+    exact, noisy = (
+        evaluate(
+            peer_learning.FrozenPolicy(model), config, model.action_space, episodes=1, seed=3, deterministic=exactly
+        )
+        for exactly in (True, False)
+    )
+    env, expected = Model.env, 0.0
+    env.reset(seed=3)
+    for _ in range(200):
+        expected += float(env.step(np.array([0.5], np.float32))[1])
+    assert exact.mean == expected != noisy.mean
+
+
 @pytest.mark.slow
 def test_another_implementation_is_trained_and_scored_on_frozen_statistics() -> None:
     """As sb3 itself would: normalised by statistics that the evaluation leaves alone, actions by `predict`."""
@@ -231,7 +267,7 @@ def test_another_implementation_is_trained_and_scored_on_frozen_statistics() -> 
     assert result["evaluations"]["env_steps"] == [2048, 4096]
     assert result["wall_s"] > 0
 
-    model = peer_learning._model(settings)
+    model = peer_learning.make_model(settings["env"]["id"], settings["algorithm"], seed=settings["seed"])
     model.learn(2048)
     obs = np.random.default_rng(0).normal(size=(5, 11))
     before = model.get_vec_normalize_env().obs_rms.mean.copy()

@@ -321,6 +321,30 @@ def test_a_run_of_two_processes_resumes_though_the_environments_of_one_cannot_an
     assert f"starts from {run / 'final'}" in leader
 
 
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_process_in_the_last_update_stops_both_with_all_of_it_saved(told: int, tmp_path: Path) -> None:
+    """Whichever was told, both take the same way out: the other used to wait for a checkpoint more."""
+    program = tmp_path / "stopped.py"
+    program.write_text(
+        f"""
+import os, signal, sys
+from commands import config_for
+from trpo import Trainer
+
+def stop(trainer, report):
+    if trainer.updates == 2 and trainer.group.rank == {told}:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+config = config_for("CartPole-v1", env={{"id": "CartPole-v1", "num_envs": 2}}, total_steps=64, batch_size=32)
+result = Trainer(config, root={str(tmp_path)!r}, console=False, on_update=stop).train()
+print(result.exit_status, result.env_steps)
+"""
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    printed = in_two_processes([sys.executable, str(program)], PYTHONPATH=path)
+    assert [lines.split("\n")[-2] for lines in printed] == ["143 64", "143 64"]
+
+
 def test_where_one_process_fails_the_other_says_so_in_one_line(tmp_path: Path) -> None:
     kwargs = json.dumps({"fault": "raise", "seed": stream_seed(0, "environments", 1), "at": 40})
     given = ["env.num_envs=2", f"env.kwargs={kwargs}", "batch_size=32", "device=cpu"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from commands import config_for
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from trpo.collector import Collector
 from trpo.config import Config, EnvConfig, WrapperConfig
 from trpo.envs import make_envs
 from trpo.envs.contract import Step
+from trpo.envs.spaces import ActionEncoding
 from trpo.envs.torch_classic import TASKS
 from trpo.envs.torch_random import stream_keys, uniform
 from trpo.errors import EnvError
@@ -134,6 +136,27 @@ class TestAgainstGymnasium:
         seen = task.observe(torch.from_numpy(new_state.T.copy())).numpy()
         assert seen.dtype == obs.dtype
         np.testing.assert_array_max_ulp(seen, obs, maxulp=1)  # float32 of cosines that differ in the last of 53 bits
+
+    @pytest.mark.parametrize(
+        "space", [Discrete(3, start=-1), Discrete(2), Box(0, 5, (2,), np.int64), Box(-1, 2, (2,), np.float32)]
+    )
+    def test_a_task_is_given_the_actions_that_gymnasiums_would_be(self, space: Any, monkeypatch: Any) -> None:
+        """An offset is added, an integer Box rounds half to even, and all of it is clipped."""
+        given = []
+
+        def advance(state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            given.append(action)
+            return state, state[0], state[0] > 2
+
+        task = replace(TASKS["Pendulum-v1"], action_space=space, advance=advance)
+        monkeypatch.setitem(TASKS, "Pendulum-v1", task)
+        envs = make("Pendulum-v1")
+        envs.reset()
+        halves = 0.5 * torch.arange(-4.0, 16.0).view(2, -1).T[: len(SEEDS)] if isinstance(space, Box) else None
+        action = torch.randint(int(space.n), (len(SEEDS), 1)) if halves is None else halves
+        envs.step(action)
+        expected = ActionEncoding.of(space).native(action.numpy())
+        assert given[0].numpy().dtype == expected.dtype and np.array_equal(given[0].numpy(), expected)
 
     @pytest.mark.parametrize("component", [0, 2])
     @pytest.mark.parametrize("sign", [-1, 1])

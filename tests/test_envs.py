@@ -740,6 +740,14 @@ class TestVectorEnvAdapter:
         with pytest.raises(EnvError, match="the vector environment, in reset, raised TypeError"):
             envs.reset()
 
+    def test_a_failing_reset_at_an_episodes_end_is_one_too(self) -> None:
+        envs = self.counting(AutoresetMode.DISABLED)
+        envs.reset()
+        envs._env.reset = None
+        with pytest.raises(EnvError, match=r"the vector environment, after 2 steps, in reset, raised TypeError"):
+            for _ in range(2):
+                envs.step(torch.zeros(2, 1, dtype=torch.int64))
+
     def test_an_undeclared_mode_is_refused(self) -> None:
         raw = SyncVectorEnv([faulty_envs.Counting])
         raw.metadata = {}

@@ -377,6 +377,15 @@ def test_command_evaluates_in_another_variant_of_the_environment(tmp_path, scrip
         assert outcome.status == 0 and one_line(outcome.out) == f"Pendulum-v1, deterministic: {expected}"
 
 
+def test_command_asks_nothing_of_settings_that_are_for_training(tmp_path, script):
+    """A batch of 90 by 3 environments, which 16 would not divide."""
+    env = {"id": "CartPole-v1", "num_envs": 3}
+    config = config_for(env=env, batch_size=90, total_steps=90)
+    policy = saved_policy(tmp_path / "policy", config, 4, gymnasium.make("CartPole-v1").action_space)
+    for where in ((), ("--env", "CartPole-v1")):
+        assert script(policy.path, "--episodes", 1, *where, "--set", "env.stagger=false").status == 0
+
+
 def test_command_says_when_a_run_has_not_ended(tmp_path, script):
     best = saved_policy(tmp_path / "run" / "best", config_for(), 4, gymnasium.make("CartPole-v1").action_space)
     said = f"the run has not ended: this is {best.path}, the best so far, after 4096 steps"

@@ -316,7 +316,7 @@ def test_a_table_of_recorded_numbers_that_cannot_be_begun_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with quiet(tmp_path) as writer, caplog.at_level(logging.WARNING):
-        (tmp_path / ".recorded.csv.new").mkdir()  # where it would be written first
+        (tmp_path / "recorded.csv").mkdir()  # in its place
         for step in (1, 2):
             writer.write_recorded({"mine/a": float(step)}, env_steps=step)
     assert read_scalars(tmp_path, "mine/a") == [(1, 1.0), (2, 2.0)]

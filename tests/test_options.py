@@ -291,6 +291,30 @@ def test_options_that_no_checkpoint_can_hold_are_refused_and_what_was_trained_is
     )
 
 
+def test_a_caller_that_raises_is_heard_whatever_options_it_left_and_what_was_trained_is_saved(tmp_path: Path) -> None:
+    def fail(trainer: Trainer, _: object) -> None:
+        trainer.options = {"x": object()}
+        raise ZeroDivisionError("mine")
+
+    source = Trainer(config({}, checkpoint={"every_steps": 0}), root=tmp_path, console=False, on_update=fail)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        source.train()
+    assert last_state(source.run.path)["counters"]["updates"] == 1 and last_state(source.run.path)["options"] == {}
+
+
+def test_options_for_environments_made_by_hand_that_take_none_are_refused(tmp_path: Path) -> None:
+    class Deaf(VectorEnvAdapter):
+        set_options = None  # type: ignore[assignment]
+
+    def tell(trainer: Trainer, _: object) -> None:
+        trainer.options = {"x": 1.0}
+
+    given = Deaf(gymnasium.make_vec("faulty_envs:Told-v0", 2, vectorization_mode="sync"))
+    source = Trainer(config({}), root=tmp_path, console=False, env=given, on_update=tell)
+    with pytest.raises(UserError, match=r"trainer.options: resets of Deaf take none; give it set_options"):
+        source.train()
+
+
 def test_the_end_of_a_schedule_is_reached_to_the_bit_and_a_schedule_may_be_an_object() -> None:
     """0.31 by a straight line from 1.47 rounds to more, which an environment may not take."""
     assert 1.47 + 1.0 * (0.31 - 1.47) > 0.31

@@ -235,7 +235,7 @@ def test_a_run_that_goes_on_on_another_device_says_so(record, said, tmp_path):
     meta = json.loads((run / "meta.json").read_text())
     (run / "meta.json").write_text(json.dumps(meta | {"device": record}) if record else "{")
     resume(run)
-    note = "note: this run began on cuda and goes on on cpu, which rounds otherwise"
+    note = "note: this run began on cuda and continues on cpu, which rounds differently"
     assert (note in (run / "log.txt").read_text()) is said
 
 
@@ -257,7 +257,7 @@ def test_a_run_that_goes_on_with_other_code_says_so(git, said, tmp_path, monkeyp
     resume(run)
     notes = [line for line in (run / "log.txt").read_text().splitlines() if "the code of commit" in line]
     assert len(notes) == (said is not None)
-    assert not said or f"began with the code of commit {said} goes on with fedcba9876" in notes[0]
+    assert not said or f"began with the code of commit {said} continues with fedcba9876" in notes[0]
 
 
 def test_a_checkpoint_without_a_part_of_the_state_names_it(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
 from gymnasium.wrappers import FlattenObservation
 
-from trpo.envs.returned import Flattened, ReturnError, flag, scalar_reward
+from trpo.envs.returned import Flattened, ReturnError, flag, numbers_of, scalar_reward
 
 PICTURE = Box(0, 255, (4, 6, 1), np.uint8)
 NESTED = Dict({"camera": Tuple([PICTURE, Box(-1, 1, (), np.float32)]), "gear": Discrete(5, start=-1)})
@@ -145,3 +145,10 @@ def test_a_truth_value_is_a_flag(value: Any) -> None:
 def test_anything_else_is_none(value: Any) -> None:
     with pytest.raises(ReturnError, match="as terminated: return True or False"):
         flag(value, "terminated")
+
+
+@pytest.mark.parametrize("given", [np.inf, -np.inf, np.nan, "far", None, [1.0, 2.0]])
+def test_what_is_no_finite_number_in_info_is_nan(given: Any) -> None:
+    """JSON has no infinity, and no mean survives one."""
+    numbers = numbers_of({"there": 2, "given": given}, ["there", "given", "missing"])
+    assert np.array_equal(numbers, [2.0, np.nan, np.nan], equal_nan=True)

@@ -27,6 +27,7 @@ from trpo.batch import Batch, Rollout
 from trpo.colored_noise import ColoredNoise
 from trpo.config import Config, EnvConfig, EvaluationConfig
 from trpo.config.file import load_config
+from trpo.envs import make_envs
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import EnvError, TrainingError, UserError
 from trpo.evaluation import evaluate
@@ -146,6 +147,15 @@ def test_episodes_that_were_cut_to_stagger_them_are_no_returns(tmp_path: Path) -
     assert set(source.recent.lengths) == {200}
 
 
+def test_environments_made_by_hand_as_the_settings_say_leave_out_what_they_cut(tmp_path: Path) -> None:
+    config = trainer_config(20)
+    given = make_envs(config.env, list(range(config.env.num_envs)))
+    with closing(Trainer(config, root=tmp_path, console=False, env=given)) as source:
+        for _ in range(14):
+            source.iteration()
+    assert set(source.recent.lengths) == {200}
+
+
 def test_episodes_of_environments_made_by_hand_all_count(tmp_path: Path) -> None:
     given = VectorEnvAdapter(gymnasium.make_vec("Pendulum-v1", 2), seed=0)
     config = config_for("Pendulum-v1", env={"id": "Pendulum-v1", "num_envs": 2}, total_steps=2048, batch_size=512)
@@ -200,6 +210,7 @@ def test_the_caller_sees_every_update_and_may_stop_the_run(tmp_path: Path) -> No
     def watch(source: Trainer, report: UpdateReport) -> bool:
         assert source.run.best.is_dir()  # evaluated already
         seen.append((source.updates, report.transitions, report.step.outcome))
+        assert source.progress == source.updates / 3
         return source.updates == 2
 
     result = Trainer(config, root=tmp_path, console=False, on_update=watch).train()
@@ -231,6 +242,7 @@ def test_a_caller_that_raises_or_answers_neither_true_nor_false_ends_the_run_wit
 
     def count(source: Trainer, _: UpdateReport) -> Any:
         seen.append(source.updates)
+        assert source.progress == min(1, source.updates / 3)  # after the last one there is none to come
         return np.bool_(False)
 
     rest = Trainer(config, resume=source.run.path, console=False, on_update=count).train()

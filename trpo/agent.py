@@ -18,12 +18,11 @@ from torch import Tensor
 from trpo import native
 from trpo.advantages import gae, horizon_lambda, standardize
 from trpo.batch import Batch, Rollout
-from trpo.config import Config, LearnedStdConfig, NaturalGradientConfig
+from trpo.config import Config, LearnedStdConfig
 from trpo.config.schedule import cooldown, value_at
 from trpo.distributions import Ordinal
 from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
-from trpo.natural_gradient.direction import RecordedDirection
 from trpo.networks.autograd_linearization import twice_differentiable
 from trpo.networks.gaussian_heads import GivenStdHead
 from trpo.normalizer import RewardScaler
@@ -242,15 +241,15 @@ class Agent:
                 settings=settings,
                 all_sum=self.group.all_sum,
                 generator=self.fisher_generator,
-                direction=self._direction(settings),
+                direction=self._recorded if self._can_record_direction else None,
             )
 
-    def _direction(self, settings: NaturalGradientConfig) -> RecordedDirection | None:
-        """`blind_direction`, recorded, if all of it can be."""
+    @property
+    def _can_record_direction(self) -> bool:
+        """Whether `blind_direction` is all of it, and a graph can hold it."""
+        settings = self.config.natural_gradient
         whole = settings.preconditioner is None and settings.fisher_subsample == 1
-        if not (whole and self.group.size == 1 and can_record(self.device) and self.policy.closed_form):
-            return None
-        return self._recorded
+        return whole and self.group.size == 1 and can_record(self.device) and self.policy.closed_form
 
     def _fit(self, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers) -> FitReport:
         with timers("value_fit"):

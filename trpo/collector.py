@@ -95,7 +95,7 @@ class Collector:
     def _in_one(self) -> Callable[[], None]:
         """`_steps`, with policy and environments on one device and nothing to wait for as one operation."""
         in_one = getattr(self.env, "in_one", None)
-        together = self.policy.closed_form and self.policy.theta.vector.device == self.env.device
+        together = self.policy.closed_form and self.policy.device == self.env.device
         return in_one(self._steps, self.length) if in_one and together else self._steps
 
     def begin_anew(self, env: BatchEnv) -> None:
@@ -159,7 +159,7 @@ class Collector:
         0 right after `collect`, unless the policy or its normaliser moved between rollout and update, in which case the
         importance ratio would not be 1 at θ_old.
         """
-        device = self.policy.theta.vector.device
+        device = self.policy.device
         again = self.policy.sample(rollout.obs.flatten(0, 1).to(device), self.noise.flatten(0, 1))
         stored = rollout.action.flatten(0, 1).to(device)
         close = torch.isclose(again, stored, rtol=1e-3, atol=1e-3) if again.is_floating_point() else again == stored

@@ -95,7 +95,7 @@ def _check_packages() -> None:
 
 def _write(saved: SavedPolicy, file: Path) -> None:
     # Two rows: an exporter may take a batch of one for a constant.
-    example = torch.zeros(2, saved.obs_dim, device=saved.policy.theta.vector.device)
+    example = torch.zeros(2, saved.obs_dim, device=saved.policy.device)
     with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
         warnings.simplefilter("ignore")  # about the exporter's own insides
         program = torch.onnx.export(
@@ -183,7 +183,7 @@ def _wrong_rows(saved: SavedPolicy, obs: np.ndarray, action: np.ndarray, expecte
     """Which rows [N] of `action` are no actions, or differ from the expected ones by more than rounding explains."""
     policy, encoding = saved.policy, ActionEncoding.of(saved.action_space)
     distribution = policy.distribution
-    eta = policy(policy.normalizer(torch.from_numpy(obs).to(policy.theta.vector.device))).cpu().double()
+    eta = policy(policy.normalizer(torch.from_numpy(obs).to(policy.device))).cpu().double()
     tolerance = TOLERANCE * eta.abs().amax(-1).clamp(min=1.0)
     outside = torch.tensor([not saved.action_space.contains(row) for row in action])
     given, wanted = (torch.from_numpy(x.reshape(len(obs), -1).astype(np.float64)) for x in (action, expected))

@@ -52,11 +52,11 @@ class RunningMoments(nn.Module):
     @torch.no_grad()
     def merge(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
         """Takes in the moments of another set of rows."""
-        total = self.count + count
+        total = (self.count + count).clamp(min=1)  # of two empty sets, too, there are moments
         delta = mean - self.mean
         self.m2.add_(m2 + delta.square() * (self.count * count / total))
         self.mean.add_(delta * (count / total))
-        self.count.copy_(total)
+        self.count.add_(count)
 
 
 class ObservationNormalizer(nn.Module):

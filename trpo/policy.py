@@ -68,6 +68,16 @@ class Policy(FlatModule):
         return linearize(self.network, obs)
 
     @property
+    def obs_dim(self) -> int:
+        """D, the length of a flat observation."""
+        return len(self.normalizer.moments.mean)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.theta.vector.device
+
+    @property
     def compiled(self) -> bool:
         """Whether compiled code does the network."""
         return isinstance(self._inner, MLP) and self._inner.compiled
@@ -90,7 +100,7 @@ class Policy(FlatModule):
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Raw observations [N, D] and noise of `noise` → actions [N, A], in the policy's encoding."""
         with self._acting():
-            return self.distribution.sample(self.network(self.normalizer(obs)), noise.to(self.theta.vector.device))
+            return self.distribution.sample(self.network(self.normalizer(obs)), noise.to(self.device))
 
     def actor(self, obs: Tensor, noise: Tensor, action: Tensor) -> Callable[[int], None]:
         """`sample` within a rollout, in which nothing changes in the policy.
@@ -106,7 +116,7 @@ class Policy(FlatModule):
         return self._compiled_actor(obs, noise, action) or self._plain_actor(obs, noise, action)
 
     def _plain_actor(self, obs: Tensor, noise: Tensor, action: Tensor) -> Callable[[int], None]:
-        acting, device = self._acting, self.theta.vector.device
+        acting, device = self._acting, self.device
         with acting():
             eta = for_rollout(self.network, self.normalizer)
 

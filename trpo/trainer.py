@@ -39,7 +39,7 @@ from trpo.run.evaluations import Evaluations
 from trpo.run.messages import Messages
 from trpo.run.metric_files import CsvTable
 from trpo.run.metrics import EVALUATIONS_FILE, MetricsWriter
-from trpo.run.record import code_in_use
+from trpo.run.record import changes_since
 from trpo.run.remarks import remarks
 from trpo.run.saved_policy import load_starting_policy
 from trpo.run.state_tree import encode
@@ -180,7 +180,7 @@ class Trainer:
             noise_exponent=config.policy.noise_exponent,
             shard=shard,
             total_envs=config.env.num_envs,
-            staggered=config.env.stagger and not self._by_hand,
+            staggered=getattr(env, "staggered", False),
             info=config.env.info,
         )
         self.group.assert_equal(self.agent.policy.theta.vector, "the new policy")
@@ -250,11 +250,7 @@ class Trainer:
     def _notes(self, *, resumed: bool) -> Iterator[str]:
         """What one may not expect, to be said before the first update."""
         if resumed:
-            here, code = self.device.type, code_in_use()
-            if (began_on := self.run.began_on or here) != here:
-                yield f"this run began on {began_on} and goes on on {here}, which rounds otherwise"
-            if code and (began_with := self.run.began_with or code) != code:
-                yield f"this run began with the code of commit {began_with} and goes on with {code}"
+            yield from changes_since(self.run.meta_file, self.device)
         if self.options:
             yield f"resets are given {self.options} over env.options, as on_update had set"
         yield from remarks(self.config, self.agent.policy, self.action_space, new=not resumed)
@@ -281,16 +277,16 @@ class Trainer:
                 self.messages.say("this run is finished already; to go on, raise total_steps")
                 return RunResult(self.run.path, self.env_steps, None)
             with caught_signals() as received:
-                stop = False
+                stop: signal.Signals | bool = False  # the same in all processes, whichever was told
                 while self.updates < last and not stop:
                     report = self.iteration()
                     told = self._told_to_stop(report)
                     if self.updates < last:  # `_finish` saves after the last one
                         self._save_if_due(report)
-                    # All processes have to leave the loop together, whoever was told to stop.
-                    stop = bool(self.group.all_sum(torch.tensor(float(told or bool(received)))))
+                    reasons = self.group.gather_objects(received[0] if received else told)
+                    stop = next(filter(None, reasons), False)
                     del report  # whose batch would lie beside the next one
-                return self._finish(received[0] if received else None)
+                return self._finish(stop if isinstance(stop, signal.Signals) else None)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Numbers of your own for TensorBoard and `recorded.csv`, at the present step, from `on_update`.
@@ -394,8 +390,10 @@ class Trainer:
         if not options and not self._told_options:
             return
         set_options = getattr(self.env, "set_options", None)
-        if set_options is None and self._by_hand and not self.options:
-            return  # those of the config are for evaluations
+        if set_options is None and self._by_hand:
+            if not self.options:
+                return  # those of the config are for evaluations
+            raise UserError(f"trainer.options: resets of {type(self.env).__name__} take none; give it set_options(…)")
         if set_options is None:
             raise UserError(
                 f"env.options: resets of {type(self.env).__name__} take none; leave them out, or set env.backend to "
@@ -420,14 +418,13 @@ class Trainer:
             return False
         before = copy.deepcopy(self.options)
         with self._saved_on_error():
-            answer = self.on_update(self, report)
             try:
-                if not isinstance(self.options, dict):
-                    raise TypeError(f"they are {self.options!r}, no dict")
-                encode(self.options, "options", {})
-            except (TypeError, ValueError) as error:
-                self.options = before
-                raise UserError(f"trainer.options are not what a checkpoint can hold: {error}") from error
+                answer = self.on_update(self, report)
+            finally:
+                if unfit := _unfit(self.options):
+                    self.options = before  # for a checkpoint, whatever it raised
+            if unfit:
+                raise UserError(f"trainer.options are not what a checkpoint can hold: {unfit}")
             if not isinstance(answer, bool | np.bool_ | None):
                 raise TypeError(f"on_update returned {answer!r}: True stops the run, False or None lets it go on")
         return bool(answer)
@@ -445,7 +442,7 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Where the next update is between the first (0) and the last one (1)."""
-        return self.updates / max(1, self.config.updates - 1)
+        return min(1.0, self.updates / max(1, self.config.updates - 1))
 
     def _check_policy_is_still(self, rollout: Rollout) -> None:
         """At start-up: what acted is what is updated, so that the ratio is 1 and the KL 0 at θ_old."""
@@ -604,3 +601,14 @@ class Trainer:
                 resources.callback(self.writer.close)
             if self.env is not None:
                 resources.callback(self.env.close)
+
+
+def _unfit(options: object) -> str | None:
+    """Why a checkpoint cannot hold these; None if it can."""
+    if not isinstance(options, dict):
+        return f"they are {options!r}, no dict"
+    try:
+        encode(options, "options", {})
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None

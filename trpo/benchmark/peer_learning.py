@@ -10,7 +10,6 @@ import json
 import platform
 import time
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ def learn(run: dict[str, Any], episodes: int, *, seed: int) -> dict[str, Any]:
     training: dict[str, list[float | None]] = {"env_steps": [], "return": []}
 
     def score(count: int, first: int, deterministic: bool = True) -> Any:
-        policy: Any = FrozenPolicy(model)
+        policy = FrozenPolicy(model)
         return evaluate(policy, env_config, model.action_space, episodes=count, seed=first, deterministic=deterministic)
 
     def evaluate_now() -> None:
@@ -157,13 +156,10 @@ class FrozenPolicy:
 
     def __init__(self, model: Any):
         self._policy, self._normalize = model.policy, model.get_vec_normalize_env().normalize_obs
-        size = model.observation_space.shape[0]
-        self.theta = SimpleNamespace(vector=torch.zeros(()))  # where it lives
-        self.normalizer = SimpleNamespace(moments=SimpleNamespace(mean=torch.zeros(size)))
-        self.distribution = self
+        self.obs_dim, self.device = model.observation_space.shape[0], torch.device("cpu")
         self._actions = model.action_space.shape
 
-    def noise(self, *, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def noise(self, *, generator: torch.Generator) -> torch.Tensor:
         """Standard normal [A]."""
         return torch.randn(self._actions, generator=generator)
 

@@ -50,6 +50,8 @@ class BatchEnv(Protocol):
     Where resets can be told what to begin with there is also `set_options(options)`: what every environment's `reset`
     is given from now on. `state_dict` has those of the running episodes.
 
+    Environments that cut their first episodes (`envs/stagger.py`) say so in `staggered`.
+
     Environments that fill `Step.info` may say what its columns are, in `info_names`.
 
     Where many steps can be one operation of a device there is also `in_one(run, steps)`: a function that does what

@@ -43,6 +43,7 @@ class EnvpoolEnvs(VectorEnvAdapter):
     def __init__(self, config: EnvConfig, seeds: Sequence[int]) -> None:
         self._config = config
         self._seeds = [int(seed) for seed in seeds]
+        self.staggered = config.stagger
         super().__init__(_pool(config, self._seeds), info=config.info)
         try:
             self.single_action_space, self._time_limit = _task(config, self._raw_space, self.single_action_space)

@@ -34,6 +34,7 @@ class GymnasiumEnvs:
         self._shard = EnvShard(config, seeds) if in_turn else MujocoShard(config, seeds, on_warning=on_warning)
         spaces = self._shard.spaces
         self.num_envs = len(seeds)
+        self.staggered = config.stagger
         self.device = torch.device("cpu")
         self.single_observation_space = spaces.observation
         self.unflattened_observation_space = spaces.unflattened

@@ -141,7 +141,7 @@ class Ant(Task):
     def observe(self, d: Any) -> list[Array]:
         parts = _state(self.env, d, hidden=2)
         if self.env._include_cfrc_ext_in_observation:
-            parts.append(_rows(self._contact_forces(d), 1))
+            parts.append(_bodies(self._contact_forces(d)))
         return parts
 
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
@@ -167,18 +167,18 @@ class HumanoidStandup(Task):
         env = self.env
         parts = _state(env, d, hidden=2)
         if env._include_cinert_in_observation is True:
-            parts.append(_rows(d.cinert, 1))
+            parts.append(_bodies(d.cinert))
         if env._include_cvel_in_observation is True:
-            parts.append(_rows(d.cvel, 1))
+            parts.append(_bodies(d.cvel))
         if env._include_qfrc_actuator_in_observation is True:
             parts.append(d.qfrc_actuator[..., 6:])
         if env._include_cfrc_ext_in_observation is True:
-            parts.append(_rows(d.cfrc_ext, 1))
+            parts.append(_bodies(d.cfrc_ext))
         return parts
 
     def judge(self, d: Any, action: Array, velocity: Array) -> tuple[Array, Array]:
         env = self.env
-        up = (d.qpos[:, 2] - 0) / env.model.opt.timestep
+        up = d.qpos[:, 2] / env.model.opt.timestep
         control = env._ctrl_cost_weight * _squares(d.ctrl)
         impact = np.clip(env._impact_cost_weight * _squares(d.cfrc_ext), *env._impact_cost_range)
         return up - control - impact + 1, np.zeros(len(up), bool)
@@ -273,9 +273,9 @@ def _within(values: Array, bounds: tuple[float, float]) -> Array:
     return (low < values) & (values < high)
 
 
-def _rows(values: Array, first: int) -> Array:
-    """Bodies `first` and on of [..., bodies, k], a row for each simulation."""
-    kept = values[..., first:, :]
+def _bodies(values: Array) -> Array:
+    """Of [..., bodies, k] all bodies but the world, a row for each simulation."""
+    kept = values[..., 1:, :]
     return kept.reshape(*kept.shape[:-2], -1)
 
 

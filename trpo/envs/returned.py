@@ -106,16 +106,17 @@ def success_of(info: Any) -> float:
 
 
 def numbers_of(info: Mapping[str, Any], names: Sequence[str]) -> list[float]:
-    """What the last step of an episode reports under these names; NaN where nothing, or no number."""
+    """What the last step of an episode reports under these names; NaN where nothing, or no finite number."""
     return [_number(info.get(name)) for name in names]
 
 
 def _number(given: Any) -> float:
-    """NaN for what is none."""
+    """NaN for what is none, or not finite."""
     try:
-        return float(np.asarray(given, float).item())
+        number = float(np.asarray(given, float).item())
     except (TypeError, ValueError):
         return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _check(obs: Any, space: Space[Any], part: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from gymnasium.spaces import Box, Space
+from gymnasium.spaces import Space
 from torch import Tensor
 
 from trpo.config import EnvConfig
@@ -53,6 +53,7 @@ class TorchEnvs:
         self._on_warning = on_warning
         self._task = task = _task(config)
         self.num_envs = len(seeds)
+        self.staggered = config.stagger
         self.device = device = torch.empty(0, device=device).device  # with its number
         self.single_observation_space = task.observation_space
         self.unflattened_observation_space: Space[Any] = task.observation_space
@@ -66,10 +67,10 @@ class TorchEnvs:
         limits = [first_episode_length(task.time_limit, seed) if config.stagger else task.time_limit for seed in seeds]
         self._limit = torch.tensor(limits, device=device)  # of the running episodes
         self._valid = torch.ones(self.num_envs, dtype=torch.bool, device=device)
-        if isinstance(task.action_space, Box):
-            self._low, self._high = (
-                torch.from_numpy(bound.ravel()).to(device) for bound in (task.action_space.low, task.action_space.high)
-            )
+        self._low, self._high, self._start = (
+            None if values is None else torch.from_numpy(values).to(device)
+            for values in (self._encoding.low, self._encoding.high, self._encoding.start)
+        )
 
     def reset(self) -> Tensor:
         """See `BatchEnv.reset`."""
@@ -168,14 +169,15 @@ class TorchEnvs:
         return self._task.begin(numbers.transpose(0, 1)).transpose(0, 1).unbind()
 
     def _native(self, action: Tensor) -> Tensor:
-        """Actions [N, A] as the task takes them: clipped to a Box, in the space's dtype."""
+        """Actions [N, A] as the task takes them: what `ActionEncoding.native` does, without looking at a value."""
         expected = (self.num_envs, self._encoding.size)
         if action.shape != expected:
             raise EnvError(f"action has shape {tuple(action.shape)}; the environments take {list(expected)}")
         action = action.to(self.device)
-        if isinstance(self.single_action_space, Box):
-            return torch.clamp(action, self._low, self._high).to(self._low.dtype)
-        return action
+        if self._low is not None and self._high is not None:
+            clipped = torch.clamp(action, self._low, self._high)
+            return (clipped if self._low.is_floating_point() else clipped.round()).to(self._low.dtype)
+        return action if self._start is None else action + self._start
 
 
 def _task(config: EnvConfig) -> TorchTask:

@@ -139,7 +139,10 @@ class VectorEnvAdapter:
             self._write_final(infos, done)
             last_infos = infos.get("final_info", {})
         elif self._mode is AutoresetMode.DISABLED:
-            first_obs, _ = self._env.reset(options={"reset_mask": done.copy()})
+            try:
+                first_obs, _ = self._env.reset(options={"reset_mask": done.copy()})
+            except Exception as error:
+                raise failure(f"the vector environment, after {self._steps} steps, in reset,", error) from error
             buffers.reset_obs[done] = self._rows(first_obs)[done]
         for i in np.flatnonzero(done).tolist():
             try:

@@ -44,6 +44,7 @@ class WorkerEnvs:
         if os.name != "posix":
             raise EnvError("env.backend gymnasium-async needs Linux or macOS; set env.backend to gymnasium")
         self.num_envs = len(seeds)
+        self.staggered = config.stagger
         self.device = torch.device("cpu")
         self.exact_resume = True
         self.restarts = 0

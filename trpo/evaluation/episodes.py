@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
@@ -24,13 +24,33 @@ from trpo.envs.spaces import ActionEncoding
 from trpo.errors import EnvError
 from trpo.evaluation.result import Evaluation
 from trpo.evaluation.video import VideoWriter
-from trpo.policy import Policy
 
 SIDE_BY_SIDE = 32  # rows of every forward pass, and the most episodes run together
 
 
+class ActingPolicy(Protocol):
+    """What of a policy an evaluation asks for."""
+
+    @property
+    def obs_dim(self) -> int:
+        """D, the length of a flat observation."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations are wanted."""
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """Raw observations [N, D] → the actions without noise [N, A], in the policy's encoding."""
+
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Raw observations [N, D] and rows of `noise` [N, …] → actions [N, A]."""
+
+    def noise(self, *, generator: torch.Generator) -> Tensor:
+        """Of one row of `sample`, on the CPU."""
+
+
 def side_by_side(
-    policy: Policy,
+    policy: ActingPolicy,
     env_config: EnvConfig,
     action_space: spaces.Space[Any],
     seeds: dict[int, int],
@@ -187,9 +207,11 @@ class _Episode:
 class _Actor:
     """Observations → actions as the environment takes them, each row by itself."""
 
-    def __init__(self, policy: Policy, action_space: spaces.Space[Any], seeds: dict[int, int], deterministic: bool):
+    def __init__(
+        self, policy: ActingPolicy, action_space: spaces.Space[Any], seeds: dict[int, int], deterministic: bool
+    ):
         self.policy = policy
-        self.obs_dim = policy.normalizer.moments.mean.shape[0]
+        self.obs_dim = policy.obs_dim
         self.encoding = ActionEncoding.of(action_space)
         self.generators = (
             None if deterministic else {row: torch.Generator().manual_seed(seed) for row, seed in seeds.items()}
@@ -197,7 +219,7 @@ class _Actor:
 
     def __call__(self, obs: Tensor, running: list[int]) -> dict[int, Any]:
         """Raw observations [SIDE_BY_SIDE, D] → the actions of the rows `running`."""
-        obs = obs.to(self.policy.theta.vector.device)
+        obs = obs.to(self.policy.device)
         if self.generators is None:
             encoded = self.policy.mode(obs)
         else:
@@ -213,9 +235,9 @@ class _Actor:
         return noise
 
 
-def check_spaces(policy: Policy, env: gymnasium.Env[Any, Any], action_space: spaces.Space[Any]) -> None:
+def check_spaces(policy: ActingPolicy, env: gymnasium.Env[Any, Any], action_space: spaces.Space[Any]) -> None:
     """Raises `EnvError` unless the environment is the policy's."""
-    obs_dim = policy.normalizer.moments.mean.shape[0]
+    obs_dim = policy.obs_dim
     if env.observation_space.shape != (obs_dim,):
         raise EnvError(
             f"the environment's observations have shape {env.observation_space.shape}, the policy was trained on "

@@ -11,14 +11,13 @@ from trpo.config import EnvConfig
 from trpo.envs import make_single_env
 from trpo.envs.single import close_env
 from trpo.errors import EnvError
-from trpo.evaluation.episodes import SIDE_BY_SIDE, check_spaces, side_by_side
+from trpo.evaluation.episodes import SIDE_BY_SIDE, ActingPolicy, check_spaces, side_by_side
 from trpo.evaluation.result import Evaluation
 from trpo.evaluation.video import check_recordable, check_showable
-from trpo.policy import Policy
 
 
 def evaluate(
-    policy: Policy,
+    policy: ActingPolicy,
     env_config: EnvConfig,
     action_space: spaces.Space[Any],
     *,
@@ -88,7 +87,7 @@ def evaluate(
     return Evaluation(returns, lengths, successes, cut, info)
 
 
-def check_environment(policy: Policy, env_config: EnvConfig, action_space: spaces.Space[Any]) -> None:
+def check_environment(policy: ActingPolicy, env_config: EnvConfig, action_space: spaces.Space[Any]) -> None:
     """Raises `EnvError` unless the environment can be built and is the policy's."""
     env = make_single_env(env_config.for_evaluation)
     try:

@@ -46,7 +46,6 @@ def conjugate_gradient(
     max_iterations: int,
     tolerance: float = 1e-8,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
-    stop_early: bool | None = None,
 ) -> CGSolution:
     """Solves Ax = b by (preconditioned) conjugate gradients from x = 0 (Hestenes & Stiefel 1952; Shewchuk 1994, B2–B3).
 
@@ -60,11 +59,9 @@ def conjugate_gradient(
         max_iterations: at most this many products.
         tolerance: relative: ends when ‖b − Ax‖ ≤ tolerance · ‖b‖.
         preconditioner: v ↦ P⁻¹v with P symmetric positive definite and near A.
-        stop_early: read the scalars of every iteration, to save the products after the last one; by default on a CPU
-            only, since an accelerator would have to be waited for. The solution is the same.
     """
     preconditioner = preconditioner or (lambda r: r)
-    if b.is_cpu if stop_early is None else stop_early:
+    if b.is_cpu:  # an accelerator would have to be waited for in every iteration; the solution is the same
         return _stopping(product, b, max_iterations, tolerance, preconditioner)
     return solution(*blind_iterations(product, b, max_iterations, tolerance, preconditioner))
 

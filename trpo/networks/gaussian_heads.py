@@ -58,8 +58,7 @@ class GivenStdLinearization:
     @torch.no_grad()
     def __init__(self, head: GivenStdHead, obs: Tensor):
         self._inner = linearize(head.network, obs)
-        mean = self._inner.output
-        self.output = torch.cat([mean, head.given_log_std.expand_as(mean)], -1)
+        self.output = head._eta(self._inner.output)
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:
@@ -158,14 +157,12 @@ class GaussianLinearization:
     def __init__(self, head: GaussianHead, obs: Tensor):
         self._inner = linearize(head.network, obs)
         self._free = 0 if head.state_dependent else head.action_dim
-        out = self._inner.output
+        self.output = head._eta(self._inner.output, head._free_log_std())
         if self._free:
             self._slope = head.bound_slope(head.raw_log_std)
-            self.output = torch.cat([out, head._bound(head.raw_log_std).expand_as(out)], -1)
         else:
-            mean, raw = out.chunk(2, -1)
+            mean, raw = self._inner.output.chunk(2, -1)
             self._slope = torch.cat([torch.ones_like(mean), head.bound_slope(raw)], -1)
-            self.output = torch.cat([mean, head._bound(raw)], -1)
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor:

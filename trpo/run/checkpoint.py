@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trpo.errors import CheckpointError
 from trpo.run.state_tree import State, decode, encode
+from trpo.run.whole_file import sync_directory, write_durably
 
 FORMAT = "trpo-checkpoint"
 SCHEMA = 1
@@ -189,23 +190,6 @@ def remove_stale(directory: Path) -> None:
         match = _TEMPORARY.fullmatch(name)
         if match and not _is_another_process(int(match[1])):
             shutil.rmtree(directory / name, ignore_errors=True)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until it is on the disk. Raises OSError, FileExistsError among them."""
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until the entries of a directory (new and renamed files) are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _manifest_bytes(tree: Any, data: bytes) -> bytes:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -19,9 +18,9 @@ from typing import Any, Self
 from trpo.config import Config
 from trpo.config.file import dump_config, load_config
 from trpo.errors import CheckpointError, UserError
-from trpo.run.checkpoint import checkpoint_paths, remove_stale, sync_directory, write_durably
-from trpo.run.record import circumstances, commit
-from trpo.run.whole_file import whole_file
+from trpo.run.checkpoint import checkpoint_paths, remove_stale
+from trpo.run.record import circumstances
+from trpo.run.whole_file import replace_durably, sync_directory, write_durably
 
 _held_locks: set[int] = set()  # file descriptors
 
@@ -54,21 +53,6 @@ class RunDirectory:
     @property
     def meta_file(self) -> Path:
         return self.path / "meta.json"
-
-    @property
-    def began_on(self) -> str | None:
-        """The type of the device that the run began on; None where its record cannot be read."""
-        return self._recorded(lambda record: str(record["device"]).partition(":")[0])
-
-    @property
-    def began_with(self) -> str | None:
-        """`code_in_use` when the run began; None where its record says nothing of it."""
-        return self._recorded(lambda record: commit(record["git"]))
-
-    def _recorded(self, read: Callable[[Any], str | None]) -> str | None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return read(json.loads(self.meta_file.read_bytes()))
-        return None
 
     @property
     def checkpoints(self) -> Path:
@@ -137,9 +121,7 @@ class RunDirectory:
             RunDirectoryError: the file cannot be written.
         """
         try:
-            with whole_file(self.config_file) as new:
-                write_durably(new, dump_config(config).encode())
-            sync_directory(self.path)
+            replace_durably(self.config_file, dump_config(config).encode())
         except OSError as error:
             raise RunDirectoryError(f"cannot write {self.config_file}: {error.strerror or error}") from error
 

@@ -23,6 +23,7 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trpo.errors import UserError
+from trpo.run.whole_file import replace_durably
 
 STEP_COLUMN = "env_steps"
 EVENT_FILE_PREFIX = "events.out.tfevents."
@@ -77,7 +78,7 @@ class CsvTable:
             self._file.close()
 
     def _rewrite(self, rows: Iterable[list[str]]) -> AppendFile:
-        _replace_file(self._path, _csv_lines([self._columns, *rows]))
+        replace_durably(self._path, _csv_lines([self._columns, *rows]))
         return AppendFile(self._path)
 
 
@@ -93,7 +94,7 @@ class EventFile:
         if resume_step is not None:
             # TensorBoard has a marker that voids such points, but its default loader heeds it tag by tag, so late.
             for path in directory.glob(f"{EVENT_FILE_PREFIX}*"):
-                _replace_file(path, _events_until(resume_step, path.read_bytes()))
+                replace_durably(path, _events_until(resume_step, path.read_bytes()))
         self._file = AppendFile(directory / _next_event_file_name(directory))
         self._write(Event(file_version="brain.Event:2"))
 
@@ -174,20 +175,6 @@ def _csv_lines(rows: Iterable[Iterable[str]]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode()
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Writes a file beside `path` and moves it there, so that readers and crashes see the old or the new one whole."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _events_until(step: int, content: bytes) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +19,7 @@ from trpo import native
 from trpo.config import Config
 from trpo.runtime.device import training_device
 
+_PACKAGE = Path(__file__).resolve().parent
 _PACKAGES = ("trpo", "torch", "numpy", "gymnasium", "mujoco")
 
 
@@ -31,17 +34,25 @@ def circumstances(config: Config, started: datetime) -> dict[str, Any]:
         "native": native.available(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git": _git_state(Path(__file__).resolve().parent),
+        "git": _git_state(_PACKAGE),
     }
 
 
-def code_in_use() -> str | None:
-    """The commit whose code this is; None where git does not know it."""
-    return commit(_git_state(Path(__file__).resolve().parent))
+def changes_since(meta_file: Path, device: torch.device) -> Iterator[str]:
+    """What is no longer as `meta_file` says a run began, one line each; nothing where that cannot be read."""
+    try:
+        began: Any = json.loads(meta_file.read_bytes())
+        began_on, began_with = str(began["device"]).partition(":")[0], _commit(began["git"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    code = _commit(_git_state(_PACKAGE))
+    if began_on != device.type:
+        yield f"this run began on {began_on} and continues on {device.type}, which rounds differently"
+    if code and began_with and began_with != code:
+        yield f"this run began with the code of commit {began_with} and continues with {code}"
 
 
-def commit(state: dict[str, Any] | None) -> str | None:
-    """Of the `git` of `circumstances`, in short."""
+def _commit(state: dict[str, Any] | None) -> str | None:
     return None if state is None else state["revision"][:10] + (" with changes" if state["dirty"] else "")
 
 

@@ -21,9 +21,9 @@ def remarks(config: Config, policy: Policy, action_space: spaces.Space[Any], *, 
     """Of a run with a policy built from `config`; `new`: not resumed, so that its σ is the one it begins with."""
     for idle in without_effect(config):
         yield f"no effect: {idle}"
-    if policy.theta.vector.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
+    if policy.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
         yield "the compiled part is missing, so updates take longer; reinstall trpo with a C compiler"
-    inputs = policy.normalizer.moments.mean.shape[0]
+    inputs = policy.obs_dim
     if inputs >= IMAGE_SIZE and config.policy.body is None:
         yield (
             f"{inputs} components of an observation all go into one layer; env.wrappers can reduce images, policy.body "

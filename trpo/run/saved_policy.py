@@ -52,7 +52,7 @@ class SavedPolicy:
     @property
     def obs_dim(self) -> int:
         """D, the length of a flat observation."""
-        return self.policy.normalizer.moments.mean.shape[0]
+        return self.policy.obs_dim
 
     def environment(self, *, trust_code: bool = False) -> EnvConfig:
         """The settings of the environment it was trained in, to build that from.
@@ -113,7 +113,7 @@ class SavedPolicy:
         observation = self._rows(observation)
         if not np.isfinite(observation).all():
             raise EnvError("the observation is not finite: the simulation diverged or the environment divides by zero")
-        batch = torch.tensor(np.atleast_2d(observation)).to(self.policy.theta.vector.device)
+        batch = torch.tensor(np.atleast_2d(observation)).to(self.policy.device)
         if deterministic:
             encoded = self.policy.mode(batch)
         else:
@@ -143,7 +143,7 @@ class SavedPolicy:
         Raises:
             CheckpointError: with these it would not act as this one: what differs.
         """
-        obs_dim = policy.normalizer.moments.mean.shape[0]
+        obs_dim = policy.obs_dim
         shaping = tuple(_shaping_settings(self.config, config, action_space))
         differences = [line for line in config_difference(self.config, config) if line.startswith(shaping)]
         if self.obs_dim != obs_dim:
@@ -201,7 +201,7 @@ def save_policy(
     state = {
         "kind": KIND,
         "config": config.model_dump(mode="json", by_alias=True),
-        "obs_dim": policy.normalizer.moments.mean.shape[0],
+        "obs_dim": policy.obs_dim,
         "observation_space": encode_observation_space(observation_space),
         "action_space": encode_space(action_space),
         "policy": dict(policy.state_dict()),

@@ -32,3 +32,27 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # there is none any more, mostly
             partial.unlink()
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Puts a file in the place of the one that may be there, and waits until it is on the disk."""
+    with whole_file(path) as new:
+        write_durably(new, content)
+    sync_directory(path.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a new file and waits until it is on the disk. Raises OSError, FileExistsError among them."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the entries of a directory (new and renamed files) are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
