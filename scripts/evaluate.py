@@ -13,20 +13,22 @@ from trpo.config.file import dump_config, parse_config
 from trpo.errors import UserError
 from trpo.evaluation import Evaluation
 from trpo.run.saved_policy import SavedPolicy, load_policy
+from trpo.runtime.signals import exit_on_sigterm
 
 
 def main() -> None:
     args = _parse()
     saved = load_policy(args.policy, device=args.device, trust_code=args.trust_code)
     saved = replace(saved, config=_settings(saved, args))
-    result = saved.evaluate(
-        episodes=args.episodes,
-        seed=args.seed,
-        deterministic=not args.stochastic,
-        video=args.video,
-        render=args.render,
-        trust_code=args.trust_code or args.env is not None,  # what is named here is no policy's
-    )
+    with exit_on_sigterm():
+        result = saved.evaluate(
+            episodes=args.episodes,
+            seed=args.seed,
+            deterministic=not args.stochastic,
+            video=args.video,
+            render=args.render,
+            trust_code=args.trust_code or args.env is not None,  # what is named here is no policy's
+        )
     env = saved.config.env
     if args.json:
         print(json.dumps(_report(saved, env, result, args), allow_nan=False))

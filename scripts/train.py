@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -27,15 +28,15 @@ def main() -> int:
         start_from = None
         if _leads():
             print(f"resumes {resume}; --from is ignored, since that run has a policy")
-    evaluate = f"{_python()} {os.path.relpath(Path(__file__).with_name('evaluate.py'))}"  # seen from here
+    evaluate = [_python(), os.path.relpath(Path(__file__).with_name("evaluate.py"))]  # seen from here
     trainer = Trainer(config, root=args.root, resume=resume, start_from=start_from)
     if trainer.group.leads:
         print(f"{config.env.id} on {trainer.device}, in {trainer.run}", flush=True)
     result = trainer.train()
     if trainer.group.leads and result.evaluation is not None:
         print(f"last policy, deterministic: {result.evaluation}")
-        trust = " --trust-code" if config.policy.body or named_code(config.env) else ""
-        print(f"saved in {trainer.run}; evaluate it with: {evaluate} {trainer.run}{trust}")
+        trust = ["--trust-code"] if config.policy.body or named_code(config.env) else []
+        print(f"saved in {trainer.run}; evaluate it with: {shlex.join([*evaluate, str(trainer.run), *trust])}")
     return result.exit_status
 
 
@@ -106,8 +107,8 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
     if given is not None and (difference := config_difference(saved, given)):
         source, changes = args.config or "--env", "; ".join(difference)
         raise UserError(
-            f"{source} differs from the settings of {run} ({changes}); go on with --resume {run} alone, and change "
-            "settings with --set; for a new run leave --resume out"
+            f"{source} differs from the settings of {run} ({changes}); go on with --resume {shlex.quote(str(run))} "
+            "alone, and change settings with --set; for a new run leave --resume out"
         )
     return saved, run
 

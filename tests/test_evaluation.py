@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes.util
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from commands import config_for, one_line, random_policy, run_process, run_script, saved_policy
+from commands import command, config_for, one_line, random_policy, run_process, run_script, saved_policy
 from gymnasium.spaces import Box, Discrete
 
 from trpo.config import EnvConfig, WrapperConfig
@@ -201,7 +204,7 @@ def test_figures_are_those_of_the_episodes():
         "eval/episodes": 3.0,
         "eval/success_rate": 0.5,
     }
-    assert str(result) == "return 3.0 ± 2.2 (median 2.0), length 5, 3 episodes, success 50%"
+    assert str(result) == "return 3 ± 2.16 (median 2), length 5, 3 episodes, success 50%"
     assert "eval/success_rate" not in Evaluation([1.0], [1]).metrics()
 
 
@@ -397,6 +400,18 @@ def test_command_says_when_a_run_has_not_ended(tmp_path, script):
     said = f"the run has not ended: this is {newest}, its newest checkpoint, after 64 steps"
     assert script(run, "--episodes", 1).out.splitlines()[0] == said
     assert "has not ended" not in script(newest, "--episodes", 1).out
+
+
+def test_command_that_is_terminated_leaves_no_half_of_a_video(cartpole, tmp_path):
+    video = tmp_path / "films" / "first.mp4"
+    process = subprocess.Popen(command("evaluate.py", cartpole.path, "--episodes", 1_000_000, "--video", video))
+    for _ in range(600):
+        if video.parent.is_dir() and any(video.parent.iterdir()):
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert list(video.parent.iterdir()) == []
 
 
 def test_command_prints_nothing_but_one_json_object(cartpole, tmp_path):

@@ -257,7 +257,7 @@ def test_what_is_no_policy_is_said_in_one_line(tmp_path):
         ".": "holds no policy[^?]*$",
         "empty": "holds no policy",
         "run": "step-000000001 is not a policy .*it holds something else; give a run",
-        "crashed": "neither a policy nor a checkpoint; start a new one",
+        "crashed": "neither a policy nor a checkpoint; wait for the first if it is being trained, else start a new one",
         "run/config.yaml": "is a file",
         "checkpoint": "it holds something else; give a run, its final/ or a checkpoint",
     }.items():

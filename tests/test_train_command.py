@@ -81,10 +81,10 @@ def trained(tmp_path_factory) -> Trained:
     """Two updates by the command in a process of its own."""
     root = tmp_path_factory.mktemp("train")
     (root / "tiny.yaml").write_text(TINY)
-    arguments = ("--config", root / "tiny.yaml", "--root", root / "runs", "--set", "natural_gradient.max_kl=0.02")
+    arguments = ("--config", root / "tiny.yaml", "--root", root / "my runs", "--set", "natural_gradient.max_kl=0.02")
     outcome = run_process("train.py", *arguments, "--seed", 7, "--name", "first", "--device", "cpu")
     assert outcome.status == 0, outcome.err
-    (run,) = (root / "runs" / "CartPole-v1").iterdir()
+    (run,) = (root / "my runs" / "CartPole-v1").iterdir()
     return Trained(outcome, run)
 
 
@@ -141,7 +141,9 @@ def test_the_last_evaluation_is_printed_and_can_be_repeated(trained):
     seed = stream_seed(7, "evaluation")
     result = evaluate(policy.policy, policy.environment(), policy.action_space, episodes=3, seed=seed)
     assert f"last policy, deterministic: {result}\n" in trained.outcome.out
-    assert str(trained.run) in trained.outcome.out.splitlines()[-1]
+    said = trained.outcome.out.splitlines()[-1].partition("; evaluate it with: ")[2]
+    again = subprocess.run([*shlex.split(said), "--episodes", "1"], capture_output=True, text=True, check=True)
+    assert again.stdout.startswith("CartPole-v1, deterministic: return ")
     first, last = rows(trained.run / "evaluations.csv")
     assert (first["env_steps"], first["eval/episodes"]) == ("128", "2.0")
     assert (last["env_steps"], float(last["eval/mean_reward"])) == ("256", result.mean)

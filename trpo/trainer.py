@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -310,10 +311,8 @@ class Trainer:
             if self.writer is not None:
                 self.writer.failure(error)
                 if (isinstance(error, EnvError) or self.group.size > 1) and checkpoint_paths(self.run.checkpoints):
-                    run = self.run
-                    self.messages.say(
-                        f"go on from the newest checkpoint with --resume {run}; its log.txt has the traceback"
-                    )
+                    resume = f"--resume {shlex.quote(str(self.run))}"
+                    self.messages.say(f"go on from the newest checkpoint with {resume}; its log.txt has the traceback")
             raise
 
     @contextlib.contextmanager
@@ -502,7 +501,8 @@ class Trainer:
             self._save_checkpoint()  # once more, with what the last policy returned, for a run that is prolonged
         else:
             why = stopped_by.name if stopped_by else "its caller"
-            self.messages.say(f"stopped by {why} at {self.env_steps} steps; go on with --resume {self.run}")
+            resume = f"--resume {shlex.quote(str(self.run))}"
+            self.messages.say(f"stopped by {why} at {self.env_steps} steps; go on with {resume}")
         return RunResult(self.run.path, self.env_steps, evaluation, stopped_by)
 
     def _save_checkpoint(self, *, episodes: bool = True) -> None:

@@ -61,7 +61,7 @@ def plot_runs(directories: Sequence[str | Path], output: str | Path, *, metric: 
         with whole_file(output) as file:
             file.write_bytes(image.getvalue())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {output}: {error}") from error
+        raise UserError(f"cannot write {output}: {getattr(error, 'strerror', None) or error}") from error
     return endings(drawn)
 
 

@@ -6,6 +6,11 @@ import statistics
 from dataclasses import dataclass, field
 
 
+def short(value: float) -> str:
+    """One digit after the point, or three in all of what is small."""
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Episode returns (sums of unscaled rewards), lengths in environment steps, and successes where reported."""
@@ -54,6 +59,6 @@ class Evaluation:
         success = f", success {statistics.fmean(self.successes):.0%}" if self.successes else ""
         info = "".join(f", {name} {statistics.fmean(given):.4g}" for name, given in self.info.items() if given)
         return (
-            f"return {self.mean:.1f} ± {self.std:.1f} (median {self.median:.1f}), "
+            f"return {short(self.mean)} ± {short(self.std)} (median {short(self.median)}), "
             f"length {self.mean_length:.0f}, {len(self.returns)} episodes{cut}{success}{info}"
         )

@@ -16,6 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trpo.evaluation.result import short
+
 Clock = Callable[[], float]  # seconds, monotonic
 
 SHOWN = {"rollout/ep_rew_mean": "return", "train/kl_divergence_loss": "KL", "eval/mean_reward": "eval"}
@@ -85,11 +87,7 @@ class Progress:
         return f"{rate:,.0f} steps/s  {left} left"
 
     def results(self) -> str:
-        return "  ".join(f"{name} {_short(self._values[tag])}" for tag, name in SHOWN.items() if tag in self._values)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
+        return "  ".join(f"{name} {short(self._values[tag])}" for tag, name in SHOWN.items() if tag in self._values)
 
 
 class PlainConsole:

@@ -303,7 +303,10 @@ def _policy_directory(path: Path) -> tuple[Path, Any]:
         return checkpoint
     if run.config_file.exists():
         damaged = " that is whole" if checkpoint_paths(run.checkpoints) else ""
-        raise CheckpointError(f"the run {path} has neither a policy nor a checkpoint{damaged}; start a new one")
+        raise CheckpointError(
+            f"the run {path} has neither a policy nor a checkpoint{damaged}; wait for the first if it is being "
+            "trained, else start a new one"
+        )
     policies = [found for below in _directories(path) for found in RunDirectory(below).policies]
     newest = sorted(policies, key=lambda found: found.stat().st_mtime)[-1:]
     meant = did_you_mean(found.parent for found in newest)
