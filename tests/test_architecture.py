@@ -17,7 +17,7 @@ LAYERS = (
     {"batch", "colored_noise", "errors", "native"},
     {"carried_sums", "command_line", "config", "distributions"},
     {"runtime"},
-    {"advantages", "envs", "normalizer"},
+    {"advantages", "earlier_rollouts", "envs", "normalizer"},
     {"networks"},
     {"natural_gradient", "policy"},
     {"collector", "evaluation", "value"},

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 import torch
 from gymnasium import spaces
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from trpo import native
 from trpo.advantages import gae, horizon_lambda, standardize
-from trpo.batch import Batch, Rollout
+from trpo.batch import Batch, PastRollout, Rollout
 from trpo.config import Config, LearnedStdConfig
 from trpo.config.schedule import cooldown, value_at
 from trpo.distributions import Ordinal
+from trpo.earlier_rollouts import EarlierRollouts, effective_share, importance_weight, joined
 from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
 from trpo.networks.autograd_linearization import twice_differentiable
@@ -34,6 +35,8 @@ from trpo.runtime.random_streams import stream_seed, torch_generator
 from trpo.runtime.reduction import total_count
 from trpo.runtime.timers import PhaseTimers
 from trpo.value import AdamFit, AverageValue, FitReport, GaussNewtonFit, ValueFit, build_value, explained_variance
+
+AnyRollout = TypeVar("AnyRollout", bound=Rollout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class UpdateReport:
     std: float  # mean σ of a state-independent Gaussian policy after the update, else NaN
     explained_variance_before: float  # of the return targets by the average V̄ that estimated them, before the fit
     explained_variance_after: float  # by V, after its fit
+    effective_share: float  # of the batch: (Σw)²/(B Σw²) of its weights w (Kish 1965); 1 without earlier rollouts
     learning_rate: float | None  # of Adam, if V is fitted by it
 
 
@@ -97,6 +101,7 @@ class Agent:
             clip=config.normalize.clip_rewards,
             enabled=config.normalize.rewards,
         ).to(device)
+        self.earlier = EarlierRollouts(config.reuse_rollouts)
         # Compiled code shares a batch among threads to the same bits; what torch computes depends on how many it has.
         compiled = self.policy.compiled and self.value.compiled
         self.threads = update_threads(config.threads) if config.threads or compiled else 1
@@ -143,14 +148,16 @@ class Agent:
         values, all_sum = self.config.value, self.group.all_sum
         with timers("advantages"):
             samples = self.scale(rollout)
-            batch, target, value_before = self.estimate(samples, progress=progress)
-        batch, step, finish_fit = self._learn(samples, batch, target, progress=progress, timers=timers)
+            newest, target, value_before = self.estimate(samples, progress=progress)
+            if self.earlier.keep:
+                samples = self._with_earlier(rollout, samples)
+        batch, step, finish_fit = self._learn(samples, newest, target, progress=progress, timers=timers)
         with timers("statistics"):
             # Last of all: until here the policy has to be the one that acted.
-            sums = self._move_normalizer(rollout, batch)
+            sums = self._move_normalizer(rollout)
         fit = finish_fit()
         with timers("statistics"), torch.no_grad():
-            value_after = self.value(batch.obs)
+            value_after = self.value(newest.obs)
             entropy, moved, transitions = sums.tolist()
             return UpdateReport(
                 batch,
@@ -162,23 +169,31 @@ class Agent:
                 std=self.policy.std(),
                 explained_variance_before=explained_variance(value_before, target, all_sum),
                 explained_variance_after=explained_variance(value_after, target, all_sum),
+                effective_share=1.0 if batch.weight is None else effective_share(batch.weight, all_sum),
                 learning_rate=value_at(values.adam.learning_rate, progress) if values.fit == "adam" else None,
             )
 
     def _learn(
-        self, samples: Rollout, batch: Batch, target: Tensor, *, progress: float, timers: PhaseTimers
+        self, samples: Rollout, newest: Batch, target: Tensor, *, progress: float, timers: PhaseTimers
     ) -> tuple[Batch, StepReport, Callable[[], FitReport]]:
         """The policy's step and V's fit: in turn or side by side, to the same numbers, unless V goes first.
+
+        Args:
+            samples: of the policy's step: of the newest rollout, and of earlier ones if those are learned from again.
+            newest: what V is fitted to, which follows what it is given too well to be given anything twice.
+            target: of V [B].
 
         Returns:
             The batch that the step was computed from, the step, and what waits for the fit if need be.
         """
         step = partial(self._policy_step, progress=progress, timers=timers)
-        fit = partial(self._fit, batch.obs, target, progress=progress, timers=timers)
-        if self.config.value.fit_first:
-            report = fit()
+        fit = partial(self._fit, newest.obs, target, progress=progress, timers=timers)
+        report = fit() if self.config.value.fit_first else None
+        batch = newest
+        if report is not None or self.earlier.keep:
             with timers("advantages"):
                 batch, _, _ = self.estimate(samples, progress=progress)
+        if report is not None:
             return batch, step(batch), lambda: report
         if self._thread_beside:
             # The other thread has as many threads of torch as were set last anywhere, unless it is told.
@@ -192,7 +207,7 @@ class Agent:
         if self._queue is None:
             stepped, report = step(batch), fit()
             return batch, stepped, lambda: report
-        finish = self._begin_fit(self._queue, batch.obs, target, progress=progress, timers=timers)
+        finish = self._begin_fit(self._queue, newest.obs, target, progress=progress, timers=timers)
         try:
             return batch, step(batch), finish
         except BaseException:
@@ -200,11 +215,11 @@ class Agent:
             raise
 
     @torch.no_grad()
-    def _move_normalizer(self, rollout: Rollout, batch: Batch) -> Tensor:
+    def _move_normalizer(self, rollout: Rollout) -> Tensor:
         """Takes the rollout into the observation statistics; Σ entropies, Σ KL by which that moves π, Σ 1: [3]."""
-        eta = self.policy(batch.obs)
         (raw_obs,) = _transitions(rollout.valid, rollout.obs)
         raw_obs = raw_obs.to(self.device)
+        eta = self.policy(self.policy.normalizer(raw_obs))
         self.policy.normalizer.update(raw_obs, all_sum=self.group.all_sum)
         distribution, normalized = self.policy.distribution, self.policy.normalizer(raw_obs)
         entropies = distribution.entropy(eta)
@@ -284,18 +299,36 @@ class Agent:
     @torch.no_grad()
     def scale(self, rollout: Rollout) -> Rollout:
         """The rollout on the agent's device, observations normalised, rewards scaled with statistics that know them."""
-        rollout = Rollout(**{field.name: getattr(rollout, field.name).to(self.device) for field in fields(rollout)})
+        rollout = Rollout(**{field.name: getattr(rollout, field.name).to(self.device) for field in fields(Rollout)})
         # Before scaling, unlike observation statistics: the reward's scale does not touch the policy, and the first
         # targets of the value function have to be of order one too.
         self.reward_scaler.update(
             rollout.reward, rollout.terminated | rollout.truncated, rollout.valid, all_sum=self.group.all_sum
         )
+        return self._scaled(rollout)
+
+    def _scaled(self, rollout: AnyRollout) -> AnyRollout:
         return replace(
             rollout,
             obs=self.policy.normalizer(rollout.obs),
             next_obs=self.policy.normalizer(rollout.next_obs),
             reward=self.reward_scaler(rollout.reward),
         )
+
+    @torch.no_grad()
+    def _with_earlier(self, rollout: Rollout, scaled: Rollout) -> PastRollout:
+        """The earlier rollouts and the newest one, given also as scaled, as more environments [T, (K + 1)·N]; it is
+        among the earlier ones from now on."""
+        log_prob = self._log_prob(scaled.obs.flatten(0, 1), scaled.action.flatten(0, 1)).view(scaled.reward.shape)
+        parts = {
+            f.name: getattr(rollout, f.name).to(self.device, copy=True) for f in fields(Rollout)
+        }  # kept, unlike those
+        together = self.earlier.take_in(PastRollout(**parts, log_prob=log_prob))
+        return joined([self._scaled(one) for one in together])
+
+    def _log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Of actions [B, A] for normalised observations [B, D] by the policy as it is: [B]."""
+        return self.policy.distribution.log_prob(self.policy(obs), action)
 
     @torch.no_grad()
     def estimate(self, samples: Rollout, *, progress: float) -> tuple[Batch, Tensor, Tensor]:
@@ -325,7 +358,12 @@ class Agent:
             raise EnvError(
                 "a whole rollout was resets, without one transition: raise batch_size or mend the environment"
             )
-        return Batch(obs, action, standardize(advantage, self.group.all_sum)), target, value
+        advantage = standardize(advantage, self.group.all_sum)
+        if not isinstance(samples, PastRollout):
+            return Batch(obs, action, advantage), target, value
+        (log_prob_then,) = _transitions(samples.valid, samples.log_prob)
+        weight = importance_weight(self._log_prob(obs, action), log_prob_then)
+        return Batch(obs, action, advantage * weight, weight), target, value
 
     def _values(self, samples: Rollout) -> tuple[Tensor, Tensor]:
         """V̄(s) and V̄(s′) [T, N]. Most successors are what is acted on next; of those V̄ is asked once."""
@@ -360,13 +398,17 @@ class Agent:
             "reward_returns": self.reward_scaler.returns,
             "fit_generator": self.fit_generator.get_state(),
             "fisher_generator": self.fisher_generator.get_state(),
+            "earlier_rollouts": self.earlier.state_dict(),
         }
 
     def load_local_state_dict(self, state: dict[str, Any], *, new_episodes: bool = False) -> None:
-        """Takes up `local_state_dict`; with `new_episodes` the environments did not go on with theirs."""
+        """Takes up `local_state_dict`; with `new_episodes` the environments did not go on with theirs, and may be
+        others."""
         self.reward_scaler.returns.copy_(state["reward_returns"] * (not new_episodes))
         self.fit_generator.set_state(state["fit_generator"])
         self.fisher_generator.set_state(state["fisher_generator"])
+        # Runs that are older than the setting have none.
+        self.earlier.load_state_dict([] if new_episodes else state.get("earlier_rollouts", []), self.device)
 
 
 def _transitions(valid: Tensor, *parts: Tensor) -> list[Tensor]:

@@ -11,19 +11,27 @@ from torch import Tensor
 class Rollout:
     """T steps of N environments, in time order."""
 
-    obs: Tensor  # [T, N, D] acted on, as the environment gave it (not normalised)
-    next_obs: Tensor  # [T, N, D] true successors
+    obs: Tensor  # [T, N, D] acted on, as the environment gave it, until `Agent.scale` normalises it
+    next_obs: Tensor  # [T, N, D] true successors, likewise
     action: Tensor  # [T, N, A] as sampled, unclipped
-    reward: Tensor  # [T, N] as the environment gave it (not scaled), float64
+    reward: Tensor  # [T, N] as the environment gave it, until `Agent.scale` scales it; float64
     terminated: Tensor  # [T, N] bool
     truncated: Tensor  # [T, N] bool
     valid: Tensor  # [T, N] bool, False where the row is a reset and no transition
 
 
 @dataclass(frozen=True, slots=True)
+class PastRollout(Rollout):
+    """A rollout of policies that need not be the present one."""
+
+    log_prob: Tensor  # [T, N] of the action by the policy that took it
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """B = T·N valid transitions in any order, what the policy update needs."""
+    """The B transitions of a rollout's T·N rows, what the policy update needs."""
 
     obs: Tensor  # [B, D] normalised
     action: Tensor  # [B, A]
-    advantage: Tensor  # [B]
+    advantage: Tensor  # [B], times `weight`
+    weight: Tensor | None = None  # [B] π_old(a|s) by the policy's that acted, bounded; None: it was π_old

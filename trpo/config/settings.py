@@ -318,7 +318,15 @@ class Config(Settings):
     total_steps: int = Field(
         1_000_000, ge=1, description="Environment steps, all environments together; never exceeded."
     )
-    batch_size: int = Field(2048, ge=2, description="Environment steps per update, all environments together.")
+    batch_size: int = Field(
+        2048, ge=2, description="Environment steps between updates, all environments together: a rollout."
+    )
+    reuse_rollouts: int = Field(
+        0,
+        ge=0,
+        description="Earlier rollouts, the latest ones, that an update learns from beside the new one. Their actions "
+        "count by how likely they are now against then, twice at most.",
+    )
     seed: int = Field(0, ge=0, description="Root of every random stream.")
     device: str = Field(
         "auto",

@@ -86,4 +86,5 @@ def update_metrics(report: UpdateReport) -> dict[str, float | None]:
         "trust_region/max_ritz_value": float(cg.ritz_values[-1]) if cg and len(cg.ritz_values) else None,
         "trust_region/condition": cg.condition if cg else None,
         "trust_region/entropy": report.entropy,
+        **({} if report.batch.weight is None else {"trust_region/effective_share": report.effective_share}),
     }
