@@ -180,7 +180,7 @@ class Agent:
 
         Args:
             samples: of the policy's step: of the newest rollout, and of earlier ones if those are learned from again.
-            newest: what V is fitted to, which follows what it is given too well to be given anything twice.
+            newest: what V is fitted to.
             target: of V [B].
 
         Returns:
@@ -317,12 +317,11 @@ class Agent:
 
     @torch.no_grad()
     def _with_earlier(self, rollout: Rollout, scaled: Rollout) -> PastRollout:
-        """The earlier rollouts and the newest one, given also as scaled, as more environments [T, (K + 1)·N]; it is
-        among the earlier ones from now on."""
+        """All that the policy learns from, scaled, as of more environments [T, (K + 1)·N]; the newest rollout, given
+        also as `scaled`, is among the earlier ones from now on."""
         log_prob = self._log_prob(scaled.obs.flatten(0, 1), scaled.action.flatten(0, 1)).view(scaled.reward.shape)
-        parts = {
-            f.name: getattr(rollout, f.name).to(self.device, copy=True) for f in fields(Rollout)
-        }  # kept, unlike those
+        # Copies: a rollout lies in its collector's buffers, which the next one overwrites.
+        parts = {field.name: getattr(rollout, field.name).to(self.device, copy=True) for field in fields(Rollout)}
         together = self.earlier.take_in(PastRollout(**parts, log_prob=log_prob))
         return joined([self._scaled(one) for one in together])
 

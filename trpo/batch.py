@@ -34,4 +34,4 @@ class Batch:
     obs: Tensor  # [B, D] normalised
     action: Tensor  # [B, A]
     advantage: Tensor  # [B], times `weight`
-    weight: Tensor | None = None  # [B] π_old(a|s) by the policy's that acted, bounded; None: it was π_old
+    weight: Tensor | None = None  # [B] π_old(a|s)/π_then(a|s), bounded, where others acted; None: π_old did

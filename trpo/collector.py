@@ -49,7 +49,7 @@ class Collector:
         shard: which of `total_envs` environments are this process's. The noise of all of them is drawn, so that the
             numbers do not depend on how environments are spread over processes.
         staggered: the environments cut first episodes (`envs/stagger.py`), which are then not reported, not even those
-            that ended by themselves: only early failures would be left to see.
+            that ended by themselves: of first episodes only early failures would count.
         info: names of the columns of `Step.info`.
     """
 

@@ -86,9 +86,9 @@ class Trainer:
             the evaluations are still of `config.env`. They are closed with the trainer.
         make_agent: called with what `Agent` takes, for a learner of your own, such as a subclass. Whoever goes on with
             its checkpoints has to give it again.
-        on_update: called in every process after each update, with this trainer and the update's report. Metrics are
-            written by then, and so is an evaluation that was due, but for the last one of the run; a checkpoint that is
-            due follows. True, from any process, stops the run as a signal would. What it raises ends the run, with a
+        on_update: called in every process after each update, with this trainer and the update's report: after the
+            update's metrics and any evaluation that was due (except the run's last) are written, before a checkpoint
+            that is due. True, from any process, stops the run as a signal would. What it raises ends the run, with a
             checkpoint if there is one process only.
 
     Attributes:
@@ -160,7 +160,7 @@ class Trainer:
         if env.num_envs != len(self._seeds):
             raise UserError(f"{env.num_envs} environments were given; env.num_envs asks for {len(self._seeds)} here")
         self.action_space = env.single_action_space
-        self.observation_space = getattr(env, "unflattened_observation_space", None)  # not of all that is made by hand
+        self.observation_space = getattr(env, "unflattened_observation_space", None)  # one made by hand may lack it
         self.agent = self._make_agent(
             config,
             env.single_observation_space,
@@ -292,7 +292,7 @@ class Trainer:
     def record(self, metrics: Mapping[str, float]) -> None:
         """Numbers of your own for TensorBoard and `recorded.csv`, at the present step, from `on_update`.
 
-        Those of the leading process count.
+        Only the leading process's numbers are written.
 
         Raises:
             RuntimeError: the run has ended, and with it what they would be written to.
@@ -304,7 +304,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[None]:
-        """What ends the run is in its log."""
+        """Logs the error that ends the run."""
         try:
             yield
         except Exception as error:

@@ -61,7 +61,7 @@ class BatchEnv(Protocol):
     num_envs: int
     device: torch.device
     single_observation_space: Box  # flat: Box(shape=(D,))
-    unflattened_observation_space: Space[Any]  # what it is flattened from, for saved policies; missed by nobody else
+    unflattened_observation_space: Space[Any]  # what it is flattened from; may be absent: only saved policies use it
     single_action_space: Space[Any]  # Box, Discrete, MultiDiscrete or MultiBinary, as the environment declares it
     exact_resume: bool  # whether load_state_dict restores the environments to the bit; after it, whether it did
 

@@ -17,7 +17,7 @@ class Autosave:
     """Saves the state of a run.
 
     Attributes:
-        saved_at_step: environment steps of the newest checkpoint that was saved, or tried to be, or taken up.
+        saved_at_step: environment steps at the latest attempt to save, or of the checkpoint resumed from.
         failures_in_a_row: saves that the disk has refused since the last one that it took.
     """
 

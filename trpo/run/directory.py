@@ -30,7 +30,7 @@ class RunDirectoryError(UserError):
 
 
 try:
-    _STARTED_IN: Path | None = Path.cwd()  # which an environment may leave
+    _STARTED_IN: Path | None = Path.cwd()  # an environment may change the working directory
 except OSError:
     _STARTED_IN = None
 

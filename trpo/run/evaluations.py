@@ -56,7 +56,7 @@ class Evaluations:
         self.best_return = -math.inf
 
     def go_on(self, latest: Evaluation | None, best_return: float) -> None:
-        """From a checkpoint. A better policy that was evaluated after it is in `best/` all the same, and stays."""
+        """Takes over what a checkpoint says. A better policy that was saved in `best/` since then is kept."""
         self.latest, self.best_return = latest, best_return
         with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
             state: Any = load_state(self.run.best)

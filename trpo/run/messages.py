@@ -37,7 +37,7 @@ class Messages:
             print(line, file=sys.stderr)
 
     def gather(self) -> None:
-        """The leading process has the lines that all have kept. Called by all, none of which writes anything before."""
+        """Collects the lines that every process has kept in the leading one; all call it before any of them writes."""
         gathered = [line for lines in self._group.gather_objects(self._unsaid) for line in lines]
         self._unsaid = gathered if self._group.leads else []
 

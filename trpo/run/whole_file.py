@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place where the block ends, and is gone where it raises.
+    """A file beside `path` to write, which takes its place where the block ends, and is deleted if the block raises.
 
     The folders of `path` are made. What was there stays until then. A link stays one, and what it leads to is written;
     so is a pipe or a device, which gets all at once.
