@@ -103,12 +103,13 @@ def _settings(args: argparse.Namespace) -> tuple[Config, Path | None]:
         if run is None:
             return given, None
     assert run is not None
-    saved = load_config(RunDirectory.open(run).config_file, overrides)
+    directory = RunDirectory.open(run)
+    saved = load_config(directory.config_file, overrides)
     if given is not None and (difference := config_difference(saved, given)):
         source, changes = args.config or "--env", "; ".join(difference)
         raise UserError(
-            f"{source} differs from the settings of {run} ({changes}); go on with --resume {shlex.quote(str(run))} "
-            "alone, and change settings with --set; for a new run leave --resume out"
+            f"{source} differs from the settings of {run} ({changes}); go on with {directory.to_resume} alone, and "
+            "change settings with --set; for a new run leave --resume out"
         )
     return saved, run
 

@@ -154,7 +154,7 @@ class Agent:
         batch, step, finish_fit = self._learn(samples, newest, target, progress=progress, timers=timers)
         with timers("statistics"):
             # Last of all: until here the policy has to be the one that acted.
-            sums = self._move_normalizer(rollout)
+            sums = self._move_normalizer(rollout, newest)
         fit = finish_fit()
         with timers("statistics"), torch.no_grad():
             value_after = self.value(newest.obs)
@@ -215,11 +215,12 @@ class Agent:
             raise
 
     @torch.no_grad()
-    def _move_normalizer(self, rollout: Rollout) -> Tensor:
-        """Takes the rollout into the observation statistics; Σ entropies, Σ KL by which that moves π, Σ 1: [3]."""
+    def _move_normalizer(self, rollout: Rollout, batch: Batch) -> Tensor:
+        """Takes the rollout, given also as a batch, into the observation statistics; Σ entropies, Σ KL by which that
+        moves π, Σ 1: [3]."""
+        eta = self.policy(batch.obs)
         (raw_obs,) = _transitions(rollout.valid, rollout.obs)
         raw_obs = raw_obs.to(self.device)
-        eta = self.policy(self.policy.normalizer(raw_obs))
         self.policy.normalizer.update(raw_obs, all_sum=self.group.all_sum)
         distribution, normalized = self.policy.distribution, self.policy.normalizer(raw_obs)
         entropies = distribution.entropy(eta)

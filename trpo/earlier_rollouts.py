@@ -8,6 +8,7 @@ matrix are less noisy, and of states that are a little of the past (Queeney et a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -48,24 +49,21 @@ class EarlierRollouts:
 
     def __init__(self, keep: int):
         self.keep = keep
-        self._rollouts: list[PastRollout] = []
+        self._rollouts: deque[PastRollout] = deque(maxlen=keep)
 
     def take_in(self, rollout: PastRollout) -> list[PastRollout]:
         """Those kept, the oldest first, and this one, which is kept from now on."""
         together = [*self._rollouts, rollout]
-        self._rollouts = together[len(together) - min(self.keep, len(together)) :]
+        self._rollouts.append(rollout)
         return together
-
-    def clear(self) -> None:
-        self._rollouts = []
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [{name: getattr(rollout, name) for name in _PARTS} for rollout in self._rollouts]
 
     def load_state_dict(self, state: list[dict[str, Any]], device: torch.device) -> None:
-        self.clear()
+        self._rollouts.clear()
         for rollout in state:
-            self.take_in(PastRollout(**{name: part.to(device) for name, part in rollout.items()}))
+            self._rollouts.append(PastRollout(**{name: part.to(device) for name, part in rollout.items()}))
 
 
 _PARTS = tuple(field.name for field in fields(PastRollout))

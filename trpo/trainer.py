@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -311,7 +310,7 @@ class Trainer:
             if self.writer is not None:
                 self.writer.failure(error)
                 if (isinstance(error, EnvError) or self.group.size > 1) and checkpoint_paths(self.run.checkpoints):
-                    resume = f"--resume {shlex.quote(str(self.run))}"
+                    resume = self.run.to_resume
                     self.messages.say(f"go on from the newest checkpoint with {resume}; its log.txt has the traceback")
             raise
 
@@ -466,8 +465,8 @@ class Trainer:
             self._save_checkpoint()  # none of these updates moved the policy, so that what came before is all there
             met = f"{self.nonfinite_in_a_row} updates in a row met NaN, infinity or negative curvature"
             raise TrainingError(
-                f"{met} (last: {step.reason}); try a smaller max_kl or learning rate, or dtype float64, with --resume "
-                f"{self.run} --set KEY=VALUE"
+                f"{met} (last: {step.reason}); try a smaller max_kl or learning rate, or dtype float64, with "
+                f"{self.run.to_resume} --set KEY=VALUE"
             )
 
     def _is_due(self, every: int, latest: UpdateReport) -> bool:
@@ -501,8 +500,7 @@ class Trainer:
             self._save_checkpoint()  # once more, with what the last policy returned, for a run that is prolonged
         else:
             why = stopped_by.name if stopped_by else "its caller"
-            resume = f"--resume {shlex.quote(str(self.run))}"
-            self.messages.say(f"stopped by {why} at {self.env_steps} steps; go on with {resume}")
+            self.messages.say(f"stopped by {why} at {self.env_steps} steps; go on with {self.run.to_resume}")
         return RunResult(self.run.path, self.env_steps, evaluation, stopped_by)
 
     def _save_checkpoint(self, *, episodes: bool = True) -> None:

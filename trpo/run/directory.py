@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,6 +46,11 @@ class RunDirectory:
         """As one would give it to a command where this one was started."""
         here = _STARTED_IN
         return str(self.path.relative_to(here) if here and self.path.is_relative_to(here) else self.path)
+
+    @property
+    def to_resume(self) -> str:
+        """The arguments that go on with it, to be pasted into a shell."""
+        return f"--resume {shlex.quote(str(self))}"
 
     @property
     def config_file(self) -> Path:
