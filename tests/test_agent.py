@@ -23,7 +23,7 @@ from trpo.agent import Agent
 from trpo.batch import Batch, Rollout
 from trpo.config import Config
 from trpo.errors import ConfigError, EnvError
-from trpo.natural_gradient import StepReport, trust_region_step
+from trpo.natural_gradient import Outcome, StepReport, trust_region_step
 from trpo.policy import Policy
 from trpo.runtime.distributed import join_group
 from trpo.runtime.timers import PhaseTimers
@@ -177,6 +177,16 @@ def test_advantages_are_estimated_with_the_average_of_the_fits() -> None:
     obs = agent.policy.normalizer(rollout.obs).flatten(0, 1)
     torch.testing.assert_close(value, agent.value(obs).detach(), rtol=0, atol=1e-12)  # lerp rounds otherwise
     assert not torch.equal(fits[0], fits[1])
+
+
+def test_before_learning_starts_all_but_the_policy_learns() -> None:
+    agent = make_agent()
+    theta, v = agent.policy.theta.vector.clone(), agent.value.theta.vector.clone()
+    report = agent.update(make_rollout(), progress=0.0, timers=PhaseTimers(), policy_learns=False)
+    assert report.step.outcome is Outcome.RESTED and not report.step.accepted and not report.step.numerics_failed
+    assert torch.equal(agent.policy.theta.vector, theta) and not torch.equal(agent.value.theta.vector, v)
+    assert report.fit.loss_after < report.fit.loss_before
+    assert agent.policy.normalizer.moments.count > 0
 
 
 @pytest.mark.parametrize("fit_first", [False, True])

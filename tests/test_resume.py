@@ -116,6 +116,14 @@ def test_so_it_is_without_normalisation(tmp_path):
     assert_same_run(undisturbed, run)
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+def test_so_it_is_before_learning_starts(cut, tmp_path):
+    undisturbed = train(config(learning_starts=192), tmp_path / "a").directory
+    run = train(config(learning_starts=192), tmp_path / "b", max_updates=cut).directory
+    resume(run)
+    assert_same_run(undisturbed, run)
+
+
 def test_what_was_trained_after_the_last_checkpoint_is_trained_again(tmp_path):
     """As after a crash: the directory holds metrics, a best policy and an evaluation that the checkpoint knows not."""
     undisturbed = train(config(), tmp_path / "a").directory

@@ -18,6 +18,7 @@ import torch
 from commands import config_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_env_workers import GONE_S, wait_until_gone
+from test_resume import table
 from torch import Tensor
 
 from trpo import native
@@ -223,6 +224,27 @@ def test_the_caller_sees_every_update_and_may_stop_the_run(tmp_path: Path) -> No
     assert rest.env_steps == 256 and rest.evaluation is not None and len(seen) == 4
 
 
+def test_the_policy_takes_its_first_step_after_so_many_steps(tmp_path: Path) -> None:
+    """The rollouts that begin at steps 0 and 64 leave it alone, and the run says nothing of skipped updates."""
+    config = config_for("CartPole-v1", total_steps=4 * 64, batch_size=64, device="cpu", learning_starts=65)
+    outcomes, thetas = [], []
+
+    def watch(source: Trainer, report: UpdateReport) -> None:
+        outcomes.append(report.step.outcome)
+        thetas.append(source.agent.policy.theta.vector.clone())
+
+    source = Trainer(config, root=tmp_path, console=False, on_update=watch)
+    first = source.agent.policy.theta.vector.clone()
+    run = source.train().directory
+    assert outcomes == [Outcome.RESTED, Outcome.RESTED, Outcome.ACCEPTED, Outcome.ACCEPTED]
+    assert [torch.equal(theta, first) for theta in thetas] == [True, True, False, False]
+    assert source.skipped_updates == 0 and "unchanged" not in (run / "log.txt").read_text()
+    rows = table(run, PROGRESS_FILE)
+    for tag in ("train/is_line_search_success", "train/kl_divergence_loss", "trust_region/max_kl"):
+        assert [row[tag] == "" for row in rows] == [True, True, False, False], tag
+    assert all(row["train/value_loss"] and row["trust_region/entropy"] for row in rows)
+
+
 @pytest.mark.parametrize("answer", [1.0, "yes", np.array([False, False]), ZeroDivisionError("mine")])
 def test_a_caller_that_raises_or_answers_neither_true_nor_false_ends_the_run_with_a_checkpoint(
     answer: Any, tmp_path: Path
@@ -254,6 +276,14 @@ def test_settings_without_effect_are_remarked_upon(tmp_path: Path) -> None:
     with closing(Trainer(config, root=tmp_path, console=False)) as source:
         said = (source.run.path / "log.txt").read_text()
         assert 'note: no effect: value.gauss_newton.iterations, while value.fit is "adam"' in said
+
+
+def test_a_run_in_which_the_policy_never_learns_is_remarked_upon(tmp_path: Path) -> None:
+    for begins, said in ((64, False), (65, True)):
+        config = config_for("Pendulum-v1", total_steps=128, batch_size=64, learning_starts=begins)
+        with closing(Trainer(config, root=tmp_path, console=False)) as source:
+            log = (source.run.path / "log.txt").read_text()
+            assert ("will not learn: the last rollout begins at step 64" in log) is said
 
 
 def test_observations_as_large_as_images_are_remarked_upon(tmp_path: Path) -> None:

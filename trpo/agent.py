@@ -23,7 +23,7 @@ from trpo.config.schedule import cooldown, value_at
 from trpo.distributions import Ordinal
 from trpo.earlier_rollouts import EarlierRollouts, effective_share, importance_weight, joined
 from trpo.errors import ConfigError, EnvError
-from trpo.natural_gradient import StepReport, blind_direction, trust_region_step
+from trpo.natural_gradient import Outcome, StepReport, blind_direction, trust_region_step
 from trpo.networks.autograd_linearization import twice_differentiable
 from trpo.networks.gaussian_heads import GivenStdHead
 from trpo.normalizer import RewardScaler
@@ -132,26 +132,30 @@ class Agent:
             case _:
                 assert_never(settings.fit)
 
-    def update(self, rollout: Rollout, *, progress: float, timers: PhaseTimers) -> UpdateReport:
+    def update(
+        self, rollout: Rollout, *, progress: float, timers: PhaseTimers, policy_learns: bool = True
+    ) -> UpdateReport:
         """One iteration of TRPO on a rollout of the current policy.
 
         Args:
             rollout: collected with the policy and normaliser exactly as they are now.
             progress: 0 at the first update of the run, 1 at the last; drives schedules.
             timers: seconds of the phases go here.
+            policy_learns: False before `learning_starts`: all but θ moves.
         """
         # Around both threads, which would otherwise take turns in setting and restoring what is torch's for both.
         with twice_differentiable(self.policy, self.value):
-            return self._update(rollout, progress=progress, timers=timers)
+            return self._update(rollout, progress=progress, timers=timers, policy_learns=policy_learns)
 
-    def _update(self, rollout: Rollout, *, progress: float, timers: PhaseTimers) -> UpdateReport:
+    def _update(self, rollout: Rollout, *, progress: float, timers: PhaseTimers, policy_learns: bool) -> UpdateReport:
         values, all_sum = self.config.value, self.group.all_sum
         with timers("advantages"):
             samples = self.scale(rollout)
             newest, target, value_before = self.estimate(samples, progress=progress)
             if self.earlier.keep:
                 samples = self._with_earlier(rollout, samples)
-        batch, step, finish_fit = self._learn(samples, newest, target, progress=progress, timers=timers)
+        step_on = partial(self._policy_step, progress=progress, timers=timers) if policy_learns else _rest
+        batch, step, finish_fit = self._learn(step_on, samples, newest, target, progress=progress, timers=timers)
         with timers("statistics"):
             # Last of all: until here the policy has to be the one that acted.
             sums = self._move_normalizer(rollout, newest)
@@ -174,11 +178,19 @@ class Agent:
             )
 
     def _learn(
-        self, samples: Rollout, newest: Batch, target: Tensor, *, progress: float, timers: PhaseTimers
+        self,
+        step: Callable[[Batch], StepReport],
+        samples: Rollout,
+        newest: Batch,
+        target: Tensor,
+        *,
+        progress: float,
+        timers: PhaseTimers,
     ) -> tuple[Batch, StepReport, Callable[[], FitReport]]:
         """The policy's step and V's fit: in turn or side by side, to the same numbers, unless V goes first.
 
         Args:
+            step: the policy's.
             samples: of the policy's step: of the newest rollout, and of earlier ones if those are learned from again.
             newest: what V is fitted to.
             target: of V [B].
@@ -186,7 +198,6 @@ class Agent:
         Returns:
             The batch that the step was computed from, the step, and what waits for the fit if need be.
         """
-        step = partial(self._policy_step, progress=progress, timers=timers)
         fit = partial(self._fit, newest.obs, target, progress=progress, timers=timers)
         report = fit() if self.config.value.fit_first else None
         batch = newest
@@ -409,6 +420,10 @@ class Agent:
         self.fisher_generator.set_state(state["fisher_generator"])
         # Runs that are older than the setting have none.
         self.earlier.load_state_dict([] if new_episodes else state.get("earlier_rollouts", []), self.device)
+
+
+def _rest(batch: Batch) -> StepReport:
+    return StepReport(Outcome.RESTED)
 
 
 def _transitions(valid: Tensor, *parts: Tensor) -> list[Tensor]:

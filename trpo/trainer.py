@@ -30,7 +30,7 @@ from trpo.envs.space_data import encode_observation_space, encode_space
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError, gist, memory_needed
 from trpo.evaluation import Evaluation, check_environment
 from trpo.evaluation.video import try_recording
-from trpo.natural_gradient import StepReport
+from trpo.natural_gradient import Outcome, StepReport
 from trpo.run.autosave import Autosave
 from trpo.run.checkpoint import CheckpointStore, checkpoint_paths
 from trpo.run.diagnostics import RecentEpisodes, update_metrics
@@ -352,7 +352,8 @@ class Trainer:
             rollout, episodes = self._collect()
         if self.updates == 0:
             self._check_policy_is_still(rollout)
-        report = self.agent.update(rollout, progress=self.progress, timers=timers)
+        learns = self.env_steps >= self.config.learning_starts
+        report = self.agent.update(rollout, progress=self.progress, timers=timers, policy_learns=learns)
         for part in self.group.gather_objects(episodes):
             self.recent.add(part)
 
@@ -453,6 +454,8 @@ class Trainer:
             raise RuntimeError(f"the policy moved between rollout and update: {moved:.1%} of its actions changed")
 
     def _note_outcome(self, step: StepReport) -> None:
+        if step.outcome is Outcome.RESTED:
+            return
         if step.accepted:
             self.nonfinite_in_a_row = 0
             return

@@ -327,6 +327,12 @@ class Config(Settings):
         description="Earlier rollouts, the latest ones, that an update learns from beside the new one. Their actions "
         "count by how likely they are now against then, twice at most.",
     )
+    learning_starts: int = Field(
+        0,
+        ge=0,
+        description="Environment steps before the policy takes its first step; V and the statistics learn from what "
+        "it meets until then.",
+    )
     seed: int = Field(0, ge=0, description="Root of every random stream.")
     device: str = Field(
         "auto",

@@ -14,6 +14,7 @@ class Outcome(StrEnum):
     """How an update ended. Everything but ACCEPTED leaves θ bitwise as it was."""
 
     ACCEPTED = "accepted"
+    RESTED = "learning has not started"
     ZERO_GRADIENT = "zero gradient"
     NONFINITE_GRADIENT = "non-finite gradient"
     NONFINITE_PRODUCT = "non-finite Fisher-vector product"
@@ -28,8 +29,8 @@ class StepReport:
     """What the update did; numbers that do not exist for an outcome are NaN."""
 
     outcome: Outcome
-    max_kl: float
-    gradient_norm: float
+    max_kl: float = math.nan
+    gradient_norm: float = math.nan
     step_norm: float = math.nan  # ‖α · step‖
     expected_gain: float = math.nan  # first-order prediction at the accepted α
     gain: float = math.nan  # surrogate improvement found

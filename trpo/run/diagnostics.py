@@ -10,6 +10,7 @@ from typing import Any
 
 from trpo.agent import UpdateReport
 from trpo.collector import Episodes
+from trpo.natural_gradient import Outcome, StepReport
 
 WINDOW = 100  # episodes in the running means, as users know it from other libraries
 
@@ -58,12 +59,11 @@ class RecentEpisodes:
 
 def update_metrics(report: UpdateReport) -> dict[str, float | None]:
     """One update under the tags stable-baselines3 users know, and the trust region's own under `trust_region/`."""
-    step, fit = report.step, report.fit
-    cg, search = step.cg, step.search
+    step, fit = _step_metrics(report.step), report.fit
+    if report.step.outcome is Outcome.RESTED:
+        step = dict.fromkeys(step)  # None: there was no step, which NaN would not say
     return {
-        "train/policy_objective": step.gain,
-        "train/kl_divergence_loss": step.kl,
-        "train/is_line_search_success": float(step.accepted),
+        **step,
         "train/std": None if math.isnan(report.std) else report.std,
         "train/value_loss": fit.loss_after,
         "train/explained_variance": report.explained_variance_before,
@@ -71,10 +71,21 @@ def update_metrics(report: UpdateReport) -> dict[str, float | None]:
         "value/loss_before": fit.loss_before,
         "value/explained_variance_after": report.explained_variance_after,
         "value/refused_steps": fit.refused,
+        "trust_region/normalizer_kl": report.normalizer_kl,
+        "trust_region/entropy": report.entropy,
+        **({} if report.batch.weight is None else {"trust_region/effective_share": report.effective_share}),
+    }
+
+
+def _step_metrics(step: StepReport) -> dict[str, float | None]:
+    cg, search = step.cg, step.search
+    return {
+        "train/policy_objective": step.gain,
+        "train/kl_divergence_loss": step.kl,
+        "train/is_line_search_success": float(step.accepted),
         "trust_region/max_kl": step.max_kl,
         "trust_region/quadratic_kl": step.quadratic_kl,
         "trust_region/kl": step.kl,
-        "trust_region/normalizer_kl": report.normalizer_kl,
         "trust_region/expected_improvement": step.expected_gain,
         "trust_region/actual_improvement": step.gain,
         "trust_region/step_scale": step.scale,
@@ -85,6 +96,4 @@ def update_metrics(report: UpdateReport) -> dict[str, float | None]:
         "trust_region/cg_residual": cg.relative_residual if cg else None,
         "trust_region/max_ritz_value": float(cg.ritz_values[-1]) if cg and len(cg.ritz_values) else None,
         "trust_region/condition": cg.condition if cg else None,
-        "trust_region/entropy": report.entropy,
-        **({} if report.batch.weight is None else {"trust_region/effective_share": report.effective_share}),
     }

@@ -21,6 +21,9 @@ def remarks(config: Config, policy: Policy, action_space: spaces.Space[Any], *, 
     """Of a run with a policy built from `config`; `new`: not resumed, so that its σ is the one it begins with."""
     for idle in without_effect(config):
         yield f"no effect: {idle}"
+    starts, last = config.learning_starts, (config.updates - 1) * config.batch_size
+    if starts > last:
+        yield f"the policy will not learn: the last rollout begins at step {last}, before learning_starts {starts}"
     if policy.device.type == "cpu" and not (native.available() or native.SWITCHED_OFF):
         yield "the compiled part is missing, so updates take longer; reinstall trpo with a C compiler"
     inputs = policy.obs_dim
