@@ -47,6 +47,7 @@ SMALL_RUN = (
     "batch_size=32",
     f"total_steps={UPDATES * 32}",
     "value.adam.epochs=1",
+    "learning_starts=0",  # these updates are all there are
     "evaluation.final_episodes=1",
     "env.kwargs.max_episode_steps=20",  # else an episode of the final evaluation takes up to 1600 steps
 )
