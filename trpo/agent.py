@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar, assert_never
 
 import torch
@@ -154,19 +154,27 @@ class Agent:
             newest, target, value_before = self.estimate(samples, progress=progress)
             if self.earlier.keep:
                 samples = self._with_earlier(rollout, samples)
-        step_on = partial(self._policy_step, progress=progress, timers=timers) if policy_learns else _rest
-        batch, step, finish_fit = self._learn(step_on, samples, newest, target, progress=progress, timers=timers)
+        fit = cache(partial(self._fit, newest.obs, target, progress=progress, timers=timers))  # once
+        if values.fit_first:
+            fit()
+        batch = newest
+        if values.fit_first or self.earlier.keep:
+            with timers("advantages"):
+                batch, _, _ = self.estimate(samples, progress=progress)
+        step = partial(self._policy_step, batch, progress=progress, timers=timers) if policy_learns else _rest
+        begin_fit = partial(self._begin_fit, newest.obs, target, progress=progress, timers=timers)
+        stepped, finish_fit = self._step_and_fit(step, fit, begin_fit)
         with timers("statistics"):
             # Last of all: until here the policy has to be the one that acted.
             sums = self._move_normalizer(rollout, newest)
-        fit = finish_fit()
+        fitted = finish_fit()
         with timers("statistics"), torch.no_grad():
             value_after = self.value(newest.obs)
             entropy, moved, transitions = sums.tolist()
             return UpdateReport(
                 batch,
-                step,
-                fit,
+                stepped,
+                fitted,
                 transitions=int(transitions),
                 entropy=entropy / transitions,
                 normalizer_kl=moved / transitions,
@@ -177,35 +185,14 @@ class Agent:
                 learning_rate=value_at(values.adam.learning_rate, progress) if values.fit == "adam" else None,
             )
 
-    def _learn(
+    def _step_and_fit(
         self,
-        step: Callable[[Batch], StepReport],
-        samples: Rollout,
-        newest: Batch,
-        target: Tensor,
-        *,
-        progress: float,
-        timers: PhaseTimers,
-    ) -> tuple[Batch, StepReport, Callable[[], FitReport]]:
-        """The policy's step and V's fit: in turn or side by side, to the same numbers, unless V goes first.
-
-        Args:
-            step: the policy's.
-            samples: of the policy's step: of the newest rollout, and of earlier ones if those are learned from again.
-            newest: what V is fitted to.
-            target: of V [B].
-
-        Returns:
-            The batch that the step was computed from, the step, and what waits for the fit if need be.
-        """
-        fit = partial(self._fit, newest.obs, target, progress=progress, timers=timers)
-        report = fit() if self.config.value.fit_first else None
-        batch = newest
-        if report is not None or self.earlier.keep:
-            with timers("advantages"):
-                batch, _, _ = self.estimate(samples, progress=progress)
-        if report is not None:
-            return batch, step(batch), lambda: report
+        step: Callable[[], StepReport],
+        fit: Callable[[], FitReport],
+        begin_fit: Callable[[SecondQueue], Callable[[], FitReport]],
+    ) -> tuple[StepReport, Callable[[], FitReport]]:
+        """The policy's step and V's fit, in turn or side by side, to the same numbers: the step, and what waits for the
+        fit."""
         if self._thread_beside:
             # The other thread has as many threads of torch as were set last anywhere, unless it is told.
             with (
@@ -214,13 +201,12 @@ class Agent:
             ):
                 fitting = thread.submit(fit)
                 fitting.add_done_callback(lambda _: is_idle_again())  # for the rest of the policy's step
-                return batch, step(batch), fitting.result
+                return step(), fitting.result
         if self._queue is None:
-            stepped, report = step(batch), fit()
-            return batch, stepped, lambda: report
-        finish = self._begin_fit(self._queue, newest.obs, target, progress=progress, timers=timers)
+            return step(), fit
+        finish = begin_fit(self._queue)
         try:
-            return batch, step(batch), finish
+            return step(), finish
         except BaseException:
             self._queue.join()  # before its tensors are given to others
             raise
@@ -285,7 +271,7 @@ class Agent:
             return fit
 
     def _begin_fit(
-        self, queue: SecondQueue, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers
+        self, obs: Tensor, target: Tensor, queue: SecondQueue, *, progress: float, timers: PhaseTimers
     ) -> Callable[[], FitReport]:
         """Starts `_fit` in another queue of a GPU; what is returned waits for its end."""
         assert isinstance(self.value_fit, AdamFit)  # whoever looks at every step has to be waited for
@@ -422,7 +408,7 @@ class Agent:
         self.earlier.load_state_dict([] if new_episodes else state.get("earlier_rollouts", []), self.device)
 
 
-def _rest(batch: Batch) -> StepReport:
+def _rest() -> StepReport:
     return StepReport(Outcome.RESTED)
 
 
