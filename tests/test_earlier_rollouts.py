@@ -135,7 +135,7 @@ def test_without_earlier_rollouts_nothing_is_weighted() -> None:
     agent = make_agent(0)
     update(agent, rollout_of(agent, 1))
     report = update(agent, rollout_of(agent, 2))
-    assert report.batch.weight is None and report.effective_share == 1.0
+    assert report.batch.weight is None and report.effective_share is None
     assert agent.local_state_dict()["earlier_rollouts"] == []
 
 

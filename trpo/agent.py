@@ -52,7 +52,7 @@ class UpdateReport:
     std: float  # mean σ of a state-independent Gaussian policy after the update, else NaN
     explained_variance_before: float  # of the return targets by the average V̄ that estimated them, before the fit
     explained_variance_after: float  # by V, after its fit
-    effective_share: float  # of the batch: (Σw)²/(B Σw²) of its weights w (Kish 1965); 1 without earlier rollouts
+    effective_share: float | None  # of the batch: (Σw)²/(B Σw²) of its weights w (Kish 1965); None where it has none
     learning_rate: float | None  # of Adam, if V is fitted by it
 
 
@@ -181,7 +181,7 @@ class Agent:
                 std=self.policy.std(),
                 explained_variance_before=explained_variance(value_before, target, all_sum),
                 explained_variance_after=explained_variance(value_after, target, all_sum),
-                effective_share=1.0 if batch.weight is None else effective_share(batch.weight, all_sum),
+                effective_share=None if batch.weight is None else effective_share(batch.weight, all_sum),
                 learning_rate=value_at(values.adam.learning_rate, progress) if values.fit == "adam" else None,
             )
 

@@ -73,7 +73,7 @@ def update_metrics(report: UpdateReport) -> dict[str, float | None]:
         "value/refused_steps": fit.refused,
         "trust_region/normalizer_kl": report.normalizer_kl,
         "trust_region/entropy": report.entropy,
-        **({} if report.batch.weight is None else {"trust_region/effective_share": report.effective_share}),
+        **({} if report.effective_share is None else {"trust_region/effective_share": report.effective_share}),
     }
 
 
