@@ -272,7 +272,7 @@ class Trainer:
         if self._closed:
             raise RuntimeError(f"this trainer is closed; go on with Trainer(config, resume={str(self.run)!r})")
         last = self.config.updates if max_updates is None else min(self.config.updates, self.updates + max_updates)
-        with contextlib.closing(self), self.torch_for_training(), self._recorded():
+        with contextlib.closing(self), self.torch_for_training(), self._errors_logged():
             if self._is_finished():
                 self.messages.say("this run is finished already; to go on, raise total_steps")
                 return RunResult(self.run.path, self.env_steps, None)
@@ -302,7 +302,7 @@ class Trainer:
             self.writer.write_recorded(metrics, env_steps=self.env_steps)
 
     @contextlib.contextmanager
-    def _recorded(self) -> Iterator[None]:
+    def _errors_logged(self) -> Iterator[None]:
         """Logs the error that ends the run."""
         try:
             yield
