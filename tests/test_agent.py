@@ -241,6 +241,24 @@ def test_a_second_thread_changes_no_bit(fit: str, dtype: str, monkeypatch: pytes
         assert torch.equal(*(getattr(agent, generator).get_state() for agent in agents))
 
 
+@pytest.mark.parametrize("settings", [{"threads": 1}, {"threads": 2}, {"value": {"fit_first": True}}])
+@pytest.mark.parametrize("policy_learns", [True, False])
+def test_v_is_fitted_once_and_before_the_policy_moves_with_its_statistics(
+    settings: dict[str, Any], policy_learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, counts = make_agent(**settings), []
+    fit_value = agent.value_fit.fit
+
+    def noted(*args: Any, **keywords: Any) -> Any:
+        counts.append(float(agent.policy.normalizer.moments.count))
+        return fit_value(*args, **keywords)
+
+    monkeypatch.setattr(agent.value_fit, "fit", noted)
+    for _ in range(2):
+        agent.update(make_rollout(), progress=0.0, timers=PhaseTimers(), policy_learns=policy_learns)
+    assert counts == [0, STEPS * ENVS]
+
+
 def test_a_policy_step_that_fails_waits_for_the_fit_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     agent, done = make_agent(threads=2), []
     fit_value = agent.value_fit.fit

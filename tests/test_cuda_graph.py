@@ -41,6 +41,8 @@ SETTINGS = {
     "without graphs of the policy": "env: {id: Pendulum-v1, backend: torch, num_envs: 8}"
     ", natural_gradient: {preconditioner: kronecker}",
     "Gauss-Newton": "env: {id: Pendulum-v1, backend: torch, num_envs: 8}, value: {fit: gauss_newton}",
+    "rollouts again, after a rest": "env: {id: Pendulum-v1, backend: torch, num_envs: 8}"
+    ", reuse_rollouts: 2, learning_starts: 192",
 }
 # Of rollout, direction and epoch, where not all three are.
 RECORDED = {"other environments": 2, "layers of one's own": 0, "without graphs of the policy": 2, "Gauss-Newton": 2}
@@ -86,6 +88,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 def leaves(state: Any) -> list[Any]:
     if isinstance(state, dict):
         return [leaf for key in state for leaf in leaves(state[key])]
+    if isinstance(state, list):
+        return [leaf for part in state for leaf in leaves(part)]
     return [state.cpu()] if isinstance(state, Tensor) else [state]
 
 

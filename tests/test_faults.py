@@ -794,7 +794,9 @@ def test_too_many_broken_updates_in_a_row_end_the_run(where: str, tmp_path: Path
     assert_finite(last_state(run))
     assert last_state(run)["counters"]["updates"] == 3
     assert len(table(run, PROGRESS_FILE)) == 3  # that of the update that was too much, too
-    assert resume(run).evaluation is not None
+    if where == "gradient":  # a policy that rests meets nothing
+        settings = settings.model_copy(update={"learning_starts": settings.total_steps})
+    assert Trainer(settings, resume=run, console=False).train().evaluation is not None
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, -1e6])

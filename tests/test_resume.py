@@ -118,8 +118,9 @@ def test_so_it_is_without_normalisation(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 2])
 def test_so_it_is_before_learning_starts(cut, tmp_path):
-    undisturbed = train(config(learning_starts=192), tmp_path / "a").directory
-    run = train(config(learning_starts=192), tmp_path / "b", max_updates=cut).directory
+    settings = {"learning_starts": 192, "reuse_rollouts": 2}
+    undisturbed = train(config(**settings), tmp_path / "a").directory
+    run = train(config(**settings), tmp_path / "b", max_updates=cut).directory
     resume(run)
     assert_same_run(undisturbed, run)
 

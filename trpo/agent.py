@@ -43,7 +43,7 @@ AnyRollout = TypeVar("AnyRollout", bound=Rollout)
 class UpdateReport:
     """What one update did."""
 
-    batch: Batch  # what the policy's step was computed from
+    batch: Batch  # what the policy's step is computed from, if it takes one
     step: StepReport
     fit: FitReport
     transitions: int  # environment steps the update learned from, all processes together
@@ -154,7 +154,8 @@ class Agent:
             newest, target, value_before = self.estimate(samples, progress=progress)
             if self.earlier.keep:
                 samples = self._with_earlier(rollout, samples)
-        fit = cache(partial(self._fit, newest.obs, target, progress=progress, timers=timers))  # once
+        # V is fitted once, whoever asks first.
+        fit = cache(partial(self._fit, newest.obs, target, progress=progress, timers=timers))
         if values.fit_first:
             fit()
         batch = newest
@@ -162,8 +163,9 @@ class Agent:
             with timers("advantages"):
                 batch, _, _ = self.estimate(samples, progress=progress)
         step = partial(self._policy_step, batch, progress=progress, timers=timers) if policy_learns else _rest
-        begin_fit = partial(self._begin_fit, newest.obs, target, progress=progress, timers=timers)
-        stepped, finish_fit = self._step_and_fit(step, fit, begin_fit)
+        stepped, finish_fit = self._step_and_fit(
+            step, fit, lambda queue: self._begin_fit(queue, newest.obs, target, progress=progress, timers=timers)
+        )
         with timers("statistics"):
             # Last of all: until here the policy has to be the one that acted.
             sums = self._move_normalizer(rollout, newest)
@@ -203,7 +205,9 @@ class Agent:
                 fitting.add_done_callback(lambda _: is_idle_again())  # for the rest of the policy's step
                 return step(), fitting.result
         if self._queue is None:
-            return step(), fit
+            stepped = step()
+            fit()
+            return stepped, fit
         finish = begin_fit(self._queue)
         try:
             return step(), finish
@@ -271,7 +275,7 @@ class Agent:
             return fit
 
     def _begin_fit(
-        self, obs: Tensor, target: Tensor, queue: SecondQueue, *, progress: float, timers: PhaseTimers
+        self, queue: SecondQueue, obs: Tensor, target: Tensor, *, progress: float, timers: PhaseTimers
     ) -> Callable[[], FitReport]:
         """Starts `_fit` in another queue of a GPU; what is returned waits for its end."""
         assert isinstance(self.value_fit, AdamFit)  # whoever looks at every step has to be waited for

@@ -454,9 +454,7 @@ class Trainer:
             raise RuntimeError(f"the policy moved between rollout and update: {moved:.1%} of its actions changed")
 
     def _note_outcome(self, step: StepReport) -> None:
-        if step.outcome is Outcome.RESTED:
-            return
-        if step.accepted:
+        if step.accepted or step.outcome is Outcome.RESTED:
             self.nonfinite_in_a_row = 0
             return
         self.skipped_updates += 1

@@ -61,7 +61,7 @@ def update_metrics(report: UpdateReport) -> dict[str, float | None]:
     """One update under the tags stable-baselines3 users know, and the trust region's own under `trust_region/`."""
     step, fit = _step_metrics(report.step), report.fit
     if report.step.outcome is Outcome.RESTED:
-        step = dict.fromkeys(step)  # None: there was no step, which NaN would not say
+        step = dict.fromkeys(step)  # None: no step was tried
     return {
         **step,
         "train/std": None if math.isnan(report.std) else report.std,
