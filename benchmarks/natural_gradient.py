@@ -119,11 +119,9 @@ SCALES = [i / 20 for i in range(41)]
 
 def real_policy() -> dict[str, Any]:
     """A batch of CartPole amid training: its Fisher matrix by definition, CG beside it, and the update of TRPO."""
-    settings = [
-        *("dtype=float64", "device=cpu", "policy.hidden_sizes=[8]", "evaluation.every_steps=0"),
-        *("reuse_rollouts=0", "learning_starts=0", "value.adam.epochs=10", "natural_gradient.damping=0.3"),  # plain
-    ]
-    config = load_config(HERE.parent / "configs" / "cartpole.yaml", settings)
+    settings = ["dtype=float64", "device=cpu", "policy.hidden_sizes=[8]", "evaluation.every_steps=0"]
+    one_rollout_each = ["reuse_rollouts=0", "learning_starts=0", "value.adam.epochs=10", "natural_gradient.damping=0.3"]
+    config = load_config(HERE.parent / "configs" / "cartpole.yaml", settings + one_rollout_each)
     with tempfile.TemporaryDirectory() as root:
         trained = Trainer(config, root=root, console=False).train(max_updates=10)
         trainer = Trainer(config, root=root, resume=trained.directory, console=False)

@@ -324,8 +324,10 @@ class Agent:
         log_prob = self._log_prob(scaled.obs.flatten(0, 1), scaled.action.flatten(0, 1)).view(scaled.reward.shape)
         # Copies: a rollout lies in its collector's buffers, which the next one overwrites.
         parts = {field.name: getattr(rollout, field.name).to(self.device, copy=True) for field in fields(Rollout)}
-        together = self.earlier.take_in(PastRollout(**parts, log_prob=log_prob))
-        return joined([self._scaled(one) for one in together])
+        together = [self._scaled(one) for one in self.earlier.rollouts]
+        together.append(PastRollout(**{name: getattr(scaled, name) for name in parts}, log_prob=log_prob))
+        self.earlier.rollouts.append(PastRollout(**parts, log_prob=log_prob))
+        return joined(together)
 
     def _log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """Of actions [B, A] for normalised observations [B, D] by the policy as it is: [B]."""

@@ -45,25 +45,22 @@ class EarlierRollouts:
 
     Args:
         keep: how many.
+
+    Attributes:
+        rollouts: the oldest first, which makes room for one that is appended.
     """
 
     def __init__(self, keep: int):
         self.keep = keep
-        self._rollouts: deque[PastRollout] = deque(maxlen=keep)
-
-    def take_in(self, rollout: PastRollout) -> list[PastRollout]:
-        """Those kept, the oldest first, and this one, which is kept from now on."""
-        together = [*self._rollouts, rollout]
-        self._rollouts.append(rollout)
-        return together
+        self.rollouts: deque[PastRollout] = deque(maxlen=keep)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return [{name: getattr(rollout, name) for name in _PARTS} for rollout in self._rollouts]
+        return [{name: getattr(rollout, name) for name in _PARTS} for rollout in self.rollouts]
 
     def load_state_dict(self, state: list[dict[str, Any]], device: torch.device) -> None:
-        self._rollouts.clear()
+        self.rollouts.clear()
         for rollout in state:
-            self._rollouts.append(PastRollout(**{name: part.to(device) for name, part in rollout.items()}))
+            self.rollouts.append(PastRollout(**{name: part.to(device) for name, part in rollout.items()}))
 
 
 _PARTS = tuple(field.name for field in fields(PastRollout))
