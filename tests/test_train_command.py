@@ -166,6 +166,8 @@ def test_best_is_the_policy_with_the_highest_mean(trained):
         (("--config", "{tmp}/tiny.yaml", "--set", "natural_gradient.max_lk=1"), "max_kl"),
         (("--config", "{tmp}/tiny.yaml", "--set", "natural_gradient.max_kl=-1"), "natural_gradient.max_kl"),
         (("--config", "{tmp}/tiny.yaml", "--set", "batch_size"), "batch_size"),
+        (("--config", "{tmp}/tiny.yaml", "--set", "seed=1", "name=b"), "b; every KEY=VALUE needs a --set of its own"),
+        (("--config", "{tmp}/tiny.yaml", "--sead", "1"), "unrecognized arguments: --sead 1 (see --help)"),
         (("--config", "{tmp}/tiny.yaml", "--seed", "one"), "seed"),
         (("--config", "{tmp}/tiny.yaml", "--set", "env.id=CartPool-v1"), "CartPole-v1"),
         (("--config", "{tmp}/tiny.yaml", "--device", "cuda:99"), "cuda:99"),

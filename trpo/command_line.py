@@ -22,6 +22,14 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**options)
         self.register("action", None, _Once)  # of all arguments for which nothing else is said
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            bare = hasattr(found, "set") and any("=" in word and word[0] != "-" for word in unknown if word)
+            hint = "; every KEY=VALUE needs a --set of its own" if bare else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
