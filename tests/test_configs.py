@@ -32,6 +32,7 @@ TASKS = {
     "inverted_pendulum": "InvertedPendulum-v5",
     "lunar_lander": "LunarLander-v3",
     "lunar_lander_continuous": "LunarLanderContinuous-v3",
+    "mountain_car": "MountainCar-v0",
     "mountain_car_continuous": "MountainCarContinuous-v0",
     "pendulum": "Pendulum-v1",
     "plain_trpo": "Hopper-v5",

@@ -32,7 +32,7 @@ from trpo.run.metrics import EVALUATIONS_FILE, PROGRESS_FILE
 from trpo.run.saved_policy import load_policy
 
 SUITES = {
-    "classic": ["pendulum", "cartpole", "acrobot", "mountain_car_continuous"],
+    "classic": ["pendulum", "cartpole", "acrobot", "mountain_car", "mountain_car_continuous"],
     "box2d": ["lunar_lander", "lunar_lander_continuous", "bipedal_walker"],
     "mujoco": [
         "ant",

@@ -30,6 +30,7 @@ PUBLISHED = {
     "CartPole-v1": Published("500 ± 0", "rl-zoo, one agent, 100k"),
     "LunarLander-v3": Published("133 ± 112", "rl-zoo, one agent, 200k"),
     "LunarLanderContinuous-v3": Published("262.4 ± 21.4", "rl-zoo, one agent, 200k"),
+    "MountainCar-v0": Published("−107.3 ± 13.2", "rl-zoo, one agent, 100k"),
     "MountainCarContinuous-v0": Published("92.5 ± 0.4", "rl-zoo, one agent, 50k"),
     "Pendulum-v1": Published("−174.6 ± 127.6", "rl-zoo, one agent, 100k"),
 }
