@@ -16,6 +16,7 @@ from trpo.batch import Batch
 from trpo.config import NaturalGradientConfig
 from trpo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, Ordinal
 from trpo.natural_gradient.explicit import eta_function
+from trpo.networks.action_mask import ActionMask
 from trpo.networks.gaussian_heads import GaussianHead, GivenStdHead
 from trpo.networks.mlp import MLP
 from trpo.normalizer import ObservationNormalizer
@@ -43,8 +44,9 @@ FAMILIES: dict[str, Distribution] = {
 INDEXED = ("categorical", "multi_categorical", "bernoulli")  # whose actions are 0-based indices
 DISCRETE = ("ordinal", *INDEXED)
 ORDINAL_VALUES = (torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=F64), torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=F64))
-# Every way η can depend on θ: each family, and the Gaussian with σ as a free vector, as a network output, or given.
-POLICIES = ("gaussian", "gaussian_state_std", "gaussian_given_std", *DISCRETE)
+# Every way η can depend on θ: each family, the Gaussian with σ as a free vector, as a network output, or given, and
+# choices of which the observation rules some out.
+POLICIES = ("gaussian", "gaussian_state_std", "gaussian_given_std", *DISCRETE, "masked")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -93,12 +95,15 @@ def make_policy(
     initial_std: float = 0.6,
 ) -> Policy:
     """A small policy of one of the `POLICIES`; `opaque` makes it use AutogradLinearization."""
-    distribution = FAMILIES[kind.removesuffix("_state_std").removesuffix("_given_std")]
+    masked = Categorical([OBS_DIM])
+    distribution = masked if kind == "masked" else FAMILIES[kind.removesuffix("_state_std").removesuffix("_given_std")]
     gaussian = isinstance(distribution, DiagonalGaussian)
     out = distribution.param_dim if not gaussian or kind.endswith("_state_std") else distribution.action_dim
     network: nn.Module = make_mlp([OBS_DIM, *hidden, out], activation=activation, seed=seed, dtype=dtype)
     if kind.endswith("_given_std"):
         network = GivenStdHead(network, distribution.action_dim, std=initial_std).to(dtype)
+    elif kind == "masked":
+        network = ActionMask(network, slice(0, OBS_DIM), masked.sizes)  # the signs of an observation
     elif gaussian:
         network = GaussianHead(network, distribution.action_dim, initial_std=initial_std, std_bounds=std_bounds)
         network.to(dtype)

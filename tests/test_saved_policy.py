@@ -364,6 +364,10 @@ def test_any_value_anywhere_opens_or_is_a_checkpoint_error(data, tmp_path_factor
 NAMES_CODE = {
     "id": {"id": "marker_module:Env-v0"},
     "wrapper": {"id": "CartPole-v1", "wrappers": [{"name": "marker_module:Wrapper"}]},
+    "wrapper beside ours": {
+        "id": "CartPole-v1",
+        "wrappers": [{"name": "trpo.envs.wrappers:MaskFromInfo"}, {"name": "marker_module:Wrapper"}],
+    },
     "kwargs": {"id": "CartPole-v1", "kwargs": {"inner": [{"env_id": "marker_module:Env-v0"}]}},
 }
 
@@ -379,8 +383,14 @@ def test_settings_that_name_code_are_refused_and_not_imported(where, tmp_path, m
     assert policy.environment(trust_code=True) == policy.config.env
 
 
-def test_settings_that_name_no_code_are_given(tmp_path):
-    env = {"id": "Hopper-v5", "kwargs": {"healthy_z_range": [0.5, 2.0], "xml_file": "hopper.xml"}}
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"id": "Hopper-v5", "kwargs": {"healthy_z_range": [0.5, 2.0], "xml_file": "hopper.xml"}},
+        {"id": "Taxi-v4", "wrappers": [{"name": "trpo.envs.wrappers:MaskFromInfo", "kwargs": {"key": "a:b"}}]},
+    ],
+)
+def test_settings_that_name_no_code_are_given(env, tmp_path):
     policy = saved(tmp_path, "box", env=env)
     assert policy.environment() == policy.config.env
 

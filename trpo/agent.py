@@ -61,7 +61,7 @@ class Agent:
 
     Args:
         config: all settings.
-        observation_space: flat observations [D].
+        observation_space: as the environment declares it, or that of flat observations [D].
         action_space: as the environment declares it.
         num_envs: environments of this process.
         group: this process among all.
@@ -75,7 +75,7 @@ class Agent:
     def __init__(
         self,
         config: Config,
-        observation_space: spaces.Box,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         *,
         num_envs: int,
@@ -93,7 +93,7 @@ class Agent:
                 f"policy.bins: {config.dtype} cannot tell the values of these actions apart, which lie too near each "
                 "other: put gymnasium.wrappers:RescaleAction into env.wrappers"
             )
-        self.value = build_value(config, observation_space.shape[0], generator=init, device=device)
+        self.value = build_value(config, self.policy.obs_dim, generator=init, device=device)
         self.average_value = AverageValue(self.value, config.value.ema_decay)
         self.reward_scaler = RewardScaler(
             num_envs,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trpo.distributions import DiagonalGaussian
 from trpo.envs.spaces import ActionEncoding
 from trpo.errors import UserError, gist
+from trpo.networks.action_mask import FAR
 from trpo.run.saved_policy import SavedPolicy
 from trpo.run.whole_file import whole_file
 
@@ -184,7 +185,7 @@ def _wrong_rows(saved: SavedPolicy, obs: np.ndarray, action: np.ndarray, expecte
     policy, encoding = saved.policy, ActionEncoding.of(saved.action_space)
     distribution = policy.distribution
     eta = policy(policy.normalizer(torch.from_numpy(obs).to(policy.device))).cpu().double()
-    tolerance = TOLERANCE * eta.abs().amax(-1).clamp(min=1.0)
+    tolerance = TOLERANCE * eta.where(eta > -FAR / 2, 0.0).abs().amax(-1).clamp(min=1.0)  # what is ruled out is exact
     outside = torch.tensor([not saved.action_space.contains(row) for row in action])
     given, wanted = (torch.from_numpy(x.reshape(len(obs), -1).astype(np.float64)) for x in (action, expected))
     if encoding.low is not None and encoding.high is not None:

@@ -60,15 +60,24 @@ class RunningMoments(nn.Module):
 
 
 class ObservationNormalizer(nn.Module):
-    """x ↦ clip((x − mean) / √(variance + ε), ±clip), frozen between calls of `update`."""
+    """x ↦ clip((x − mean) / √(variance + ε), ±clip), frozen between calls of `update`.
+
+    Args:
+        dim: D.
+        clip: the bound.
+        dtype: of what it gives.
+        enabled: else x is only converted.
+        plain: components that are only clipped.
+    """
 
     shift: Tensor  # [D] float64: where |mean| ≫ std, subtracting in float32 would lose the digits that matter
     scale: Tensor  # [D] float64
 
-    def __init__(self, dim: int, *, clip: float, dtype: torch.dtype, enabled: bool = True):
+    def __init__(self, dim: int, *, clip: float, dtype: torch.dtype, enabled: bool = True, plain: slice | None = None):
         super().__init__()
         self.enabled = enabled
         self.clip = clip
+        self.plain = plain
         self.moments = RunningMoments(dim)
         self.dtype = dtype
         self.register_buffer("shift", torch.zeros(dim, dtype=torch.float64), persistent=False)
@@ -99,6 +108,9 @@ class ObservationNormalizer(nn.Module):
         """Recomputes shift and scale from the moments."""
         self.shift.copy_(self.moments.mean)
         self.scale.copy_((self.moments.variance + EPSILON).rsqrt())
+        if self.plain is not None:
+            self.shift[self.plain] = 0
+            self.scale[self.plain] = 1
 
 
 def _refresh(normalizer: ObservationNormalizer, _: object) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from gymnasium import spaces
+from gymnasium.spaces.utils import flatdim
 from torch import Tensor, nn
 
 from trpo.config import Config, LearnedStdConfig, PolicyConfig
 from trpo.config.schedule import value_at
-from trpo.distributions import DiagonalGaussian, Distribution, Ordinal, distribution_for
+from trpo.distributions import Categorical, DiagonalGaussian, Distribution, Ordinal, distribution_for
 from trpo.errors import ConfigError
+from trpo.networks.action_mask import ActionMask, mask_columns
 from trpo.networks.gaussian_heads import GaussianHead, GivenStdHead
 from trpo.networks.linearization import Linearization
 from trpo.networks.mlp import MLP
@@ -164,16 +166,28 @@ class Policy(FlatModule):
 
 def build_policy(
     config: Config,
-    observation_space: spaces.Box,
+    observation_space: spaces.Space,
     action_space: spaces.Space,
     *,
     generator: torch.Generator,
     device: torch.device,
 ) -> Policy:
-    """The policy of a config for flat observations [D] and any supported action space, freshly initialised."""
+    """The policy of a config, freshly initialised.
+
+    Args:
+        config: all settings.
+        observation_space: as the environment declares it, or that of its flat observations [D], where
+            `policy.action_mask` is not set.
+        action_space: any that is supported.
+        generator: source of the weights.
+        device: where it computes.
+
+    Raises:
+        ConfigError: the settings do not fit such observations or actions.
+    """
     settings, dtype = config.policy, getattr(torch, config.dtype)
     distribution = distribution_for(action_space, bins=settings.bins, device=device, dtype=dtype)
-    obs_dim = observation_space.shape[0]
+    obs_dim = flatdim(observation_space)
     std = settings.std if isinstance(distribution, DiagonalGaussian) else None
     from_state = std is None or (isinstance(std, LearnedStdConfig) and std.state_dependent)
     inner = build_network(
@@ -187,6 +201,15 @@ def build_policy(
         generator=generator,
     )
     network: nn.Module = inner
+    mask: slice | None = None
+    if settings.action_mask is not None:
+        if not isinstance(distribution, Categorical):
+            raise ConfigError(
+                f"policy.action_mask: actions are {action_space}; only choices, of Discrete and MultiDiscrete, can be "
+                "ruled out"
+            )
+        mask = mask_columns(observation_space, settings.action_mask, distribution.sizes)
+        network = ActionMask(inner, mask, distribution.sizes)
     if isinstance(distribution, Ordinal):
         with torch.no_grad():
             inner.head.bias.copy_(distribution.normal(_initial_std(settings)))
@@ -195,7 +218,7 @@ def build_policy(
         network = GaussianHead(inner, distribution.action_dim, initial_std=std.initial, std_bounds=bounds)
     elif std is not None:
         network = GivenStdHead(inner, distribution.action_dim, std=value_at(std, 0.0))
-    normalizer = build_normalizer(config, obs_dim)
+    normalizer = build_normalizer(config, obs_dim, plain=mask)
     return Policy(network.to(device, dtype), distribution, normalizer.to(device))
 
 
@@ -214,8 +237,12 @@ def _initial_std(settings: PolicyConfig) -> float:
     )
 
 
-def build_normalizer(config: Config, obs_dim: int) -> ObservationNormalizer:
+def build_normalizer(config: Config, obs_dim: int, *, plain: slice | None = None) -> ObservationNormalizer:
     settings = config.normalize
     return ObservationNormalizer(
-        obs_dim, clip=settings.clip_observations, dtype=getattr(torch, config.dtype), enabled=settings.observations
+        obs_dim,
+        clip=settings.clip_observations,
+        dtype=getattr(torch, config.dtype),
+        enabled=settings.observations,
+        plain=plain,
     )

@@ -162,7 +162,7 @@ class Trainer:
         self.observation_space = getattr(env, "unflattened_observation_space", None)  # one made by hand may lack it
         self.agent = self._make_agent(
             config,
-            env.single_observation_space,
+            env.single_observation_space if self.observation_space is None else self.observation_space,
             env.single_action_space,
             num_envs=env.num_envs,
             group=self.group,

@@ -50,7 +50,13 @@ SUITES = {
 }
 EVALUATION_SEED = 1_000_003  # episodes no run evaluated itself on while training
 # Settings that are younger than the first results, at their defaults: those runs had them, unsaid.
-LATER = ("\n  options: {}\n", "\n  info: []\n", "\nreuse_rollouts: 0\n", "\nlearning_starts: 0\n")
+LATER = (
+    "\n  options: {}\n",
+    "\n  info: []\n",
+    "\nreuse_rollouts: 0\n",
+    "\nlearning_starts: 0\n",
+    "\n  action_mask: null\n",
+)
 
 
 @dataclass(frozen=True)

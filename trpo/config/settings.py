@@ -162,6 +162,11 @@ class PolicyConfig(Settings):
         description="Standard deviation σ of a Gaussian policy: given, constant or scheduled, or learned. Of an "
         "ordinal one only `initial` counts.",
     )
+    action_mask: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Key, in a Dict observation, of numbers above 0 for the choices of a Discrete or MultiDiscrete "
+        "action that may be taken; others never are.",
+    )
     noise_exponent: float = Field(
         0.5,
         ge=0,

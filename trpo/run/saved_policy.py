@@ -160,7 +160,7 @@ class SavedPolicy:
 
 def _shaping_settings(saved: Config, given: Config, action_space: spaces.Space[Any]) -> Iterator[str]:
     """Settings that change what the same parameters compute for such actions, or whether they fit at all."""
-    yield from ("policy.body", "normalize.observations")
+    yield from ("policy.body", "policy.action_mask", "normalize.observations")
     if saved.policy.body is None or given.policy.body is None:
         yield from ("policy.hidden_sizes", "policy.activation")
     if given.normalize.observations:
@@ -334,9 +334,10 @@ def _restore(state: dict[str, Any], directory: Path, device: torch.device, trust
     if observation_space is not None and flatdim(observation_space) != obs_dim:
         raise ValueError(f"its observations are {obs_dim} numbers, those of {observation_space} are not")
     _check_sizes(config, obs_dim, action_space, state["policy"])
-    rows = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+    flat = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
     generator = torch.Generator().manual_seed(0)  # the weights it draws are overwritten by the saved ones
-    policy = build_policy(config, rows, action_space, generator=generator, device=device)
+    observations = flat if observation_space is None else observation_space
+    policy = build_policy(config, observations, action_space, generator=generator, device=device)
     policy.load_state_dict(state["policy"])
     tensors = [*policy.parameters(), *policy.normalizer.buffers()]  # a buffer of a body's may be infinite, as masks are
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):

@@ -20,6 +20,9 @@ class UntrustedCodeError(CheckpointError):
         )
 
 
+HARMLESS = "trpo.envs.wrappers:MaskFromInfo"  # ours, whatever its arguments are
+
+
 def named_code(env: EnvConfig) -> str | None:
     """The first setting that names code, or that an environment could take as the name of some; None without one."""
     return next(_settings_that_name_code(env), None)
@@ -28,8 +31,9 @@ def named_code(env: EnvConfig) -> str | None:
 def _settings_that_name_code(env: EnvConfig) -> Iterator[str]:
     if ":" in env.id:
         yield f"env.id {env.id!r}"
-    if env.wrappers:
-        yield f"env.wrappers ({env.wrappers[0].name!r})"
+    for wrapper in env.wrappers:
+        if wrapper.name != HARMLESS:
+            yield f"env.wrappers ({wrapper.name!r})"
     for key, given in (("kwargs", env.kwargs), ("options", env.options)):
         for text in _texts(given):
             if ":" in text:  # some environments are built around another, whose id their arguments give
