@@ -24,7 +24,7 @@ from trpo.export import export_onnx
 from trpo.networks.action_mask import ActionMask
 from trpo.normalizer import ObservationNormalizer
 from trpo.policy import Policy, build_policy
-from trpo.run.checkpoint import newest_checkpoint
+from trpo.run.checkpoint import load_state, newest_checkpoint, save_state
 
 SIZES = [3, 2]
 MASK = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1]], dtype=F64)
@@ -209,6 +209,15 @@ def test_an_exported_policy_does_not_take_it(tmp_path: Path) -> None:
     obs = np.concatenate([np.random.default_rng(0).random((64, 4)), np.eye(4).repeat(16, 0)], 1).astype(np.float32)
     (action,) = onnxruntime.InferenceSession(tmp_path / "lights.onnx").run(None, {"observation": obs})
     assert action.tolist() == (np.arange(64) // 16 + 1).tolist()  # the one that is left of each, counted from 1
+
+
+def test_a_saved_policy_whose_observations_have_no_such_mask_is_damaged(tmp_path: Path) -> None:
+    run = Trainer(lights(512), root=tmp_path, console=False).train()
+    state = load_state(run.directory / "final")
+    state["config"]["policy"]["action_mask"] = "dark"
+    save_state(tmp_path / "damaged", state, replace=False)
+    with pytest.raises(CheckpointError, match=r"damaged is not a policy .*no Dict that has 'dark'"):
+        load_policy(tmp_path / "damaged")
 
 
 def test_a_run_does_not_start_from_a_policy_with_another_mask(tmp_path: Path) -> None:

@@ -337,7 +337,12 @@ def _restore(state: dict[str, Any], directory: Path, device: torch.device, trust
     flat = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
     generator = torch.Generator().manual_seed(0)  # the weights it draws are overwritten by the saved ones
     observations = flat if observation_space is None else observation_space
-    policy = build_policy(config, observations, action_space, generator=generator, device=device)
+    try:
+        policy = build_policy(config, observations, action_space, generator=generator, device=device)
+    except ConfigError as error:
+        if config.policy.body is not None:  # somebody's module, of which the message tells
+            raise
+        raise ValueError(str(error)) from error  # the file contradicts itself
     policy.load_state_dict(state["policy"])
     tensors = [*policy.parameters(), *policy.normalizer.buffers()]  # a buffer of a body's may be infinite, as masks are
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
