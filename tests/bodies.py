@@ -153,6 +153,18 @@ class Counting(nn.Module):
         return h - self.seen
 
 
+class Numbering(nn.Linear):
+    """Counts its calls, which nothing that it gives depends on."""
+
+    def __init__(self, inputs: int):
+        super().__init__(inputs, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x)
+
+
 class Noisy(nn.Linear):
     def __init__(self, inputs: int):
         super().__init__(inputs, 4)

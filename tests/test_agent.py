@@ -16,6 +16,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from helpers import randn, seeded, torch_kl
+from test_normalizer import discounted_returns
 
 import trpo.agent
 from trpo.advantages import gae, standardize
@@ -24,8 +25,10 @@ from trpo.batch import Batch, Rollout
 from trpo.config import Config
 from trpo.errors import ConfigError, EnvError
 from trpo.natural_gradient import Outcome, StepReport, trust_region_step
+from trpo.normalizer import EPSILON
 from trpo.policy import Policy
-from trpo.runtime.distributed import join_group
+from trpo.runtime.distributed import Group, join_group
+from trpo.runtime.random_streams import stream_seed
 from trpo.runtime.timers import PhaseTimers
 from trpo.value import explained_variance
 
@@ -40,6 +43,7 @@ def make_agent(
     value: dict[str, object] | None = None,
     threads: int = 1,
     dtype: str = "float64",
+    group: Group | None = None,
     **gae_settings: object,
 ) -> Agent:
     config = Config.model_validate(
@@ -56,7 +60,7 @@ def make_agent(
         }
     )
     spaces = Box(-np.inf, np.inf, (OBS,)), Box(-1, 1, (ACTIONS,), np.float32)
-    return Agent(config, *spaces, num_envs=ENVS, group=join_group(CPU), device=CPU)
+    return Agent(config, *spaces, num_envs=ENVS, group=group or join_group(CPU), device=CPU)
 
 
 def make_rollout() -> Rollout:
@@ -135,6 +139,16 @@ def test_a_batch_stays_what_it_is_when_the_rollout_is_overwritten(normalize: boo
         assert torch.equal(now, before) and now.any()
 
 
+def test_rewards_are_scaled_by_returns_that_end_with_their_episodes_however_these_end() -> None:
+    agent, rollout = make_agent(gamma=0.9), make_rollout()
+    agent.reward_scaler.enabled = True
+    assert rollout.terminated[:-1].any() and rollout.truncated[:-1].any()
+    returns = discounted_returns(rollout.reward, rollout.terminated | rollout.truncated, rollout.valid, 0.9)
+    expected = rollout.reward / np.sqrt(np.var(returns) + EPSILON)
+    # Moments of 48 numbers in float64, summed in another order.
+    torch.testing.assert_close(agent.scale(rollout).reward, expected, rtol=1e-12, atol=0)
+
+
 def test_a_rollout_of_resets_alone_is_refused() -> None:
     agent, rollout = make_agent(), make_rollout()
     theta = agent.policy.theta.vector.clone()
@@ -177,6 +191,25 @@ def test_advantages_are_estimated_with_the_average_of_the_fits() -> None:
     obs = agent.policy.normalizer(rollout.obs).flatten(0, 1)
     torch.testing.assert_close(value, agent.value(obs).detach(), rtol=0, atol=1e-12)  # lerp rounds otherwise
     assert not torch.equal(fits[0], fits[1])
+
+
+def test_what_is_explained_after_a_fit_is_so_by_v_and_not_by_the_average() -> None:
+    agent, rollout = make_agent(value={"ema_decay": 0.5}), make_rollout()
+    for _ in range(2):  # until the first fit is over, the average is V
+        obs = agent.policy.normalizer(rollout.obs).flatten(0, 1)  # as the fit saw them: statistics move after it
+        _, target, _ = agent.prepare(rollout, progress=0.0)
+        report = agent.update(rollout, progress=0.0, timers=PhaseTimers())
+    expected, average = (explained_variance(v(obs).detach(), target) for v in (agent.value, agent.average_value))
+    assert report.explained_variance_after == pytest.approx(expected, rel=1e-9)  # tanh rounds otherwise with a graph
+    assert abs(expected - average) > 1e-4
+
+
+@pytest.mark.parametrize("fit", ["adam", "gauss_newton"])
+def test_the_learning_rate_is_reported_as_it_moves_with_progress(fit: str) -> None:
+    agent = make_agent(value={"fit": fit, "adam": {"learning_rate": {"start": 0.004, "end": 0.002}}})
+    for progress, rate in [(0.0, 0.004), (0.5, 0.003), (1.0, 0.002)]:
+        report = agent.update(make_rollout(), progress=progress, timers=PhaseTimers())
+        assert report.learning_rate == (pytest.approx(rate, rel=1e-12) if fit == "adam" else None)
 
 
 def test_before_learning_starts_all_but_the_policy_learns() -> None:
@@ -239,6 +272,32 @@ def test_a_second_thread_changes_no_bit(fit: str, dtype: str, monkeypatch: pytes
         assert torch.equal(*(getattr(agent, part).theta.vector for agent in agents))
     for generator in ("fit_generator", "fisher_generator"):
         assert torch.equal(*(getattr(agent, generator).get_state() for agent in agents))
+
+
+def test_the_thread_that_fits_v_has_one_of_torchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, seen = make_agent(threads=2), []
+    fit_value, before = agent.value_fit.fit, torch.get_num_threads()
+
+    def noted(*args: Any, **keywords: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return fit_value(*args, **keywords)
+
+    monkeypatch.setattr(agent.value_fit, "fit", noted)
+    try:
+        torch.set_num_threads(2)
+        agent.update(make_rollout(), progress=0.0, timers=PhaseTimers())
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_generator_follows_a_stream_of_its_own_of_its_process(rank: int) -> None:
+    agent = make_agent(group=Group(rank, 2))
+    for generator, stream in ((agent.fit_generator, "value_fit"), (agent.fisher_generator, "fisher")):
+        expected = seeded(stream_seed(agent.config.seed, stream, rank))
+        assert torch.equal(generator.get_state(), expected.get_state())
+    assert not torch.equal(agent.fit_generator.get_state(), agent.fisher_generator.get_state())
 
 
 @pytest.mark.parametrize("settings", [{"threads": 1}, {"threads": 2}, {"value": {"fit_first": True}}])
@@ -320,8 +379,9 @@ def test_the_bound_cools_down_at_the_end() -> None:
         assert step.max_kl == pytest.approx(bound, rel=1e-12)
 
 
-def test_what_the_normaliser_moves_is_the_kl_between_the_policy_before_and_after_it() -> None:
-    agent, rollout = make_agent(), make_rollout()
+@pytest.mark.parametrize("std", [{}, {"state_dependent": True}])
+def test_what_the_normaliser_moves_is_the_kl_between_the_policy_before_and_after_it(std: dict[str, Any]) -> None:
+    agent, rollout = make_agent(policy={"std": std}), make_rollout()
     for _ in range(2):  # the second time statistics move from those of one rollout to those of two
         rollout = replace(rollout, obs=3 * rollout.obs + 1)
         report = agent.update(rollout, progress=0.0, timers=PhaseTimers())
@@ -332,8 +392,9 @@ def test_what_the_normaliser_moves_is_the_kl_between_the_policy_before_and_after
     first.refresh()
     with torch.no_grad():
         p, q = policy(first(raw)), policy(policy.normalizer(raw))
-    expected = float(torch_kl(policy.distribution, p, q).mean())
+    expected, reverse = (float(torch_kl(policy.distribution, *pair).mean()) for pair in ((p, q), (q, p)))
     assert expected > 1e-6 and report.normalizer_kl == pytest.approx(expected, rel=1e-9)
+    assert not std or abs(reverse / expected - 1) > 1e-6  # of one σ for all states both directions are the same
 
 
 def test_actions_that_their_dtype_cannot_tell_apart_are_refused() -> None:

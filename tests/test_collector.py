@@ -175,7 +175,8 @@ def test_first_episodes_are_left_out_where_starts_are_staggered() -> None:
     assert anew.collect()[1].lengths == [3]
 
 
-def test_what_follows_a_lost_episode_is_a_first_one_again() -> None:
+@pytest.mark.parametrize("staggered", [False, True])
+def test_a_lost_episode_is_left_out_and_what_follows_is_a_first_one_again(staggered: bool) -> None:
     class Losing(CounterEnvs):
         """Its first episode ends at step 3, with its worker."""
 
@@ -184,9 +185,9 @@ def test_what_follows_a_lost_episode_is_a_first_one_again() -> None:
             step.valid.logical_and_(torch.tensor(len(self.actions) != 3))
             return step
 
-    source = collector(Losing(1), length=4, staggered=True)
-    # Then it would end at 8, left out, and at 11.
-    assert [source.collect()[1].lengths for _ in range(3)] == [[], [], [3]]
+    source = collector(Losing(1), length=4, staggered=staggered)
+    # Then it ends at 8, left out where starts are staggered, and at 11.
+    assert [source.collect()[1].lengths for _ in range(3)] == [[], [] if staggered else [5], [3]]
 
 
 def test_an_episode_within_which_somebody_interrupted_is_left_out() -> None:

@@ -20,12 +20,13 @@ import pytest
 import torch
 from commands import command, one_line
 from helpers import F64, OBS_DIM, make_batch, make_mlp, make_policy, randn, seeded, settings
+from test_earlier_rollouts import make_agent, rollout_of, update
 from torch import Tensor
 
 from trpo.advantages import standardize
 from trpo.batch import Batch
 from trpo.config import AdamFitConfig, GaussNewtonFitConfig
-from trpo.natural_gradient import trust_region_step
+from trpo.natural_gradient import effective_dimension, trust_region_step
 from trpo.normalizer import ObservationNormalizer, RewardScaler
 from trpo.run.saved_policy import load_policy
 from trpo.runtime.distributed import Group, join_group, leave_group
@@ -81,6 +82,17 @@ def scenario(group: Group, share: slice) -> Arrays:
         generator=seeded(20 + group.rank),
     )
     out |= {"thinned": thinned.theta.vector, "thinned_gradient_norm": thin.gradient_norm}
+
+    signs = seeded(9)
+    torch.randint(2, (share.start or 0, 1), generator=signs)  # those of the samples before
+    out["dimension"] = effective_dimension(
+        policy, batch, damping=0.1, cg_iterations=200, cg_tolerance=1e-13, all_sum=group.all_sum, generator=signs
+    )
+
+    agent = make_agent(1, group=group)
+    for seed in (2, 4):
+        reused = update(agent, rollout_of(agent, seed + group.rank))
+    out |= {"weight": reused.batch.weight, "effective_share": reused.effective_share}
     out |= bad_data(group, batch, target)
     return {name: np.asarray(x.detach().clone() if isinstance(x, Tensor) else x) for name, x in out.items()}
 
@@ -271,6 +283,19 @@ def test_normalisers_hold_the_moments_of_both_processes(ranks: list[Arrays], sin
 def test_a_subsampled_fisher_matrix_is_the_same_on_both(ranks: list[Arrays], single: Arrays) -> None:
     same_on_both(ranks, "thinned")
     np.testing.assert_allclose(same_on_both(ranks, "thinned_gradient_norm"), single["gradient_norm"], rtol=1e-12)
+
+
+def test_the_effective_dimension_is_that_of_one_process(ranks: list[Arrays], single: Arrays) -> None:
+    np.testing.assert_allclose(same_on_both(ranks, "dimension"), single["dimension"], **TOLERANCE)
+
+
+def test_the_effective_share_is_that_of_the_weights_of_both(ranks: list[Arrays]) -> None:
+    """(Σw)²/(B Σw²) of Kish (1965)."""
+    kish = [float(w.sum() ** 2 / (len(w) * np.square(w).sum())) for w in (rank["weight"] for rank in ranks)]
+    weights = np.concatenate([rank["weight"] for rank in ranks])
+    expected = weights.sum() ** 2 / (len(weights) * np.square(weights).sum())
+    assert float(same_on_both(ranks, "effective_share")) == pytest.approx(expected, rel=1e-12)
+    assert all(abs(each - expected) > 1e-6 for each in kish)  # not each process for itself
 
 
 def test_a_nan_on_one_process_stops_both_and_moves_neither(ranks: list[Arrays]) -> None:

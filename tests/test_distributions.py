@@ -202,6 +202,16 @@ def test_an_ordinal_policy_can_start_as_a_gaussian() -> None:
     assert ((drawn.std(0) - 0.1).abs() <= 4 * 0.1 / math.sqrt(2 * SAMPLES)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled where that was built, and by torch
+def test_an_ordinal_policy_that_is_not_a_number_gives_no_action(dtype: torch.dtype) -> None:
+    family = FAMILIES["ordinal"]
+    eta = randn(BATCH, family.param_dim, dtype=dtype)
+    eta[2, 1] = eta[4, 7] = math.nan
+    expected = torch.zeros(BATCH, 2, dtype=torch.bool)
+    expected[2, 0] = expected[4, 1] = True
+    assert torch.equal(draw(family, eta).isnan(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bounds", [(-0.4, 0.4), (-3.0, 3.0), (0.1, 0.7), (1000.0, 1001.0)])
 @pytest.mark.parametrize("bins", [2, 11, 51])

@@ -22,7 +22,7 @@ from trpo.batch import Rollout
 from trpo.config import Config
 from trpo.earlier_rollouts import MAX_WEIGHT, effective_share, importance_weight
 from trpo.run.metrics import EVALUATIONS_FILE, PROGRESS_FILE
-from trpo.runtime.distributed import join_group
+from trpo.runtime.distributed import Group, join_group
 from trpo.runtime.timers import PhaseTimers
 from trpo.trainer import Trainer
 
@@ -31,7 +31,7 @@ STEPS, ENVS, OBS = 12, 4, 3
 GAMMA, LAMBDA = 0.9, 0.7
 
 
-def make_agent(reuse: int, **value: Any) -> Agent:
+def make_agent(reuse: int, *, group: Group | None = None, **value: Any) -> Agent:
     config = Config.model_validate(
         {
             "env": {"id": "Pendulum-v1", "num_envs": ENVS},
@@ -45,7 +45,7 @@ def make_agent(reuse: int, **value: Any) -> Agent:
         }
     )
     spaces = Box(-np.inf, np.inf, (OBS,)), Box(-1, 1, (1,), np.float32)
-    return Agent(config, *spaces, num_envs=ENVS, group=join_group(CPU), device=CPU)
+    return Agent(config, *spaces, num_envs=ENVS, group=group or join_group(CPU), device=CPU)
 
 
 def rollout_of(agent: Agent, seed: int) -> Rollout:

@@ -89,6 +89,16 @@ def test_factors_are_second_moments_of_inputs_and_backpropagated_scores() -> Non
         assert relative_error(factors.outputs, d.T @ d) < ROUNDING
 
 
+def test_factors_of_a_free_std_are_as_of_a_bias_one_input_a_sample() -> None:
+    policy, x, u = make_policy("gaussian"), randn(6, OBS_DIM), randn(6, 4, seed=1)
+    raw, eta = policy.network.raw_log_std, policy(x)
+    scores = torch.stack([torch.autograd.grad(eta[i] @ u[i], raw, retain_graph=True)[0] for i in range(6)])
+    ones = torch.ones(6, 1, dtype=torch.float64)
+    factors = policy.linearize(x).kronecker_factors(u)[0]
+    assert relative_error(factors.inputs, ones.T @ ones) < ROUNDING
+    assert relative_error(factors.outputs, scores.T @ scores) < ROUNDING
+
+
 @pytest.mark.parametrize("kind", POLICIES)
 def test_few_preconditioned_iterations_come_nearer_the_natural_gradient_than_plain_ones(kind: str) -> None:
     policy = make_policy(kind, hidden=(16, 16))

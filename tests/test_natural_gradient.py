@@ -426,6 +426,17 @@ def test_an_overflowing_step_without_search_is_never_left_in_place() -> None:
     assert report.outcome is Outcome.NONFINITE_STEP and report.reason == "non-finite surrogate or KL"
 
 
+def test_without_search_a_finite_gain_does_not_excuse_a_kl_that_is_infinite() -> None:
+    """Advantages that ask for a smaller σ: its square falls to 0, log π to −∞, and each ratio to 0."""
+    policy = make_policy(std_bounds=(1e-300, 1e300))
+    batch = make_batch(policy)
+    mean, _ = policy(batch.obs).detach().chunk(2, -1)
+    batch = replace(batch, advantage=1 - (batch.action - mean).square().sum(-1))
+    report = refused(policy, batch, max_kl=1e6, line_search={"enabled": False})
+    assert report.outcome is Outcome.NONFINITE_STEP and report.numerics_failed
+    assert math.isfinite(report.search.gain) and report.search.kl == math.inf
+
+
 def test_the_outcomes_are_those_produced_in_this_file() -> None:
     """A new outcome needs a test of its own in this file."""
     assert set(Outcome) - {Outcome.RESTED} == {  # which is the agent's: no step was tried

@@ -167,11 +167,14 @@ def episodes(length: int = 40, envs: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(invalid, 0.0, 1 + randn(length, envs, seed=6)), done & ~invalid, ~invalid
 
 
-def test_rewards_are_divided_by_the_spread_of_the_discounted_return() -> None:
+@pytest.mark.parametrize("at_end", [False, True])
+def test_rewards_are_divided_by_the_spread_of_the_discounted_return(at_end: bool) -> None:
+    """However they are shared out to updates, of which the first ends where an episode does, or where none does."""
     reward, done, valid = episodes()
     scaler = RewardScaler(3, gamma=0.9, clip=10.0)
-    for part in ((reward[:15], done[:15], valid[:15]), (reward[15:], done[15:], valid[15:])):
-        scaler.update(*part)
+    first = next(t for t in range(15, len(done)) if done[t - 1].any() == at_end)
+    for part in (slice(first), slice(first, None)):
+        scaler.update(reward[part], done[part], valid[part])
     expected = discounted_returns(reward, done, valid, 0.9)
     variance = np.var(expected)
     assert float(scaler.moments.count) == len(expected)

@@ -189,13 +189,19 @@ def test_an_actor_asks_code_that_was_overridden() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x + 1)
 
+    class Wider(GaussianHead):
+        def forward(self, obs: Tensor) -> Tensor:
+            return super().forward(obs) + 1
+
     raw, noise = randn(20, OBS_DIM), randn(20, 2, dtype=torch.float32)
     plain = make_policy("gaussian", dtype=torch.float32)
     assert isinstance(plain.network, GaussianHead)
-    for change in ("network", "normalizer"):
+    for change in ("network", "head", "normalizer"):
         policy = copy.deepcopy(plain)
         if change == "network":
             policy.network.network.__class__ = Twice
+        elif change == "head":
+            policy.network.__class__ = Wider
         else:
             policy.normalizer.__class__ = Shifted
         actions = act_once(policy, raw, noise)

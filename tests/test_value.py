@@ -107,6 +107,14 @@ def test_a_non_finite_fit_is_undone_bitwise(kind: str, bad: float) -> None:
     torch.testing.assert_close(fit.state_dict(), state, rtol=0, atol=0)
 
 
+def test_a_fit_that_overshoots_all_numbers_reports_the_loss_it_leaves() -> None:
+    value, (obs, target) = make_value(), data()
+    before = mean_squared_error(value, obs, target)
+    report = adam(value, start=1e200).fit(value, obs, target, progress=0.0)  # weights whose products overflow
+    assert report.nonfinite and report.refused == report.steps
+    assert report.loss_after == report.loss_before == before == mean_squared_error(value, obs, target) < math.inf
+
+
 def adam(
     value: ValueFunction, *, epochs: int = 3, minibatch_size: int = 16, seed: int = 4, start: float = 0.02
 ) -> AdamFit:
