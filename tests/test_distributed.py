@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import command, one_line
+from commands import PROJECT, command, one_line
 from helpers import F64, OBS_DIM, make_batch, make_mlp, make_policy, randn, seeded, settings
 from test_earlier_rollouts import make_agent, rollout_of, update
 from torch import Tensor
@@ -37,6 +37,8 @@ SIZE = 61
 SHARES = (slice(0, 12), slice(12, SIZE))  # a mean of the two means would weigh the first rank's samples fourfold
 # Sums of 61 terms taken in another order, carried through CG on systems of condition below 1e3.
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+# Of this tree: the package, which may be installed from another one too, and the tests.
+HERE = os.pathsep.join([str(PROJECT), str(Path(__file__).parent)])
 
 Arrays = dict[str, np.ndarray]
 
@@ -329,9 +331,7 @@ def test_a_run_of_two_processes_resumes_though_the_environments_of_one_cannot_an
     changes = [word for setting in given for word in ("--set", setting)]
 
     def train(*arguments: object) -> list[str]:
-        return in_two_processes(
-            command("train.py", "--root", tmp_path, *arguments), PYTHONPATH=str(Path(__file__).parent)
-        )
+        return in_two_processes(command("train.py", "--root", tmp_path, *arguments), PYTHONPATH=HERE)
 
     train("--env", "faulty_envs:OwnRandomness-v0", *changes, "--set", "total_steps=64")
     (run,) = (tmp_path / "faulty_envs-OwnRandomness-v0").iterdir()
@@ -365,8 +365,7 @@ result = Trainer(config, root={str(tmp_path)!r}, console=False, on_update=stop).
 print(result.exit_status, result.env_steps)
 """
     )
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    printed = in_two_processes([sys.executable, str(program)], PYTHONPATH=path)
+    printed = in_two_processes([sys.executable, str(program)], PYTHONPATH=HERE)
     assert [lines.split("\n")[-2] for lines in printed] == ["143 64", "143 64"]
 
 
@@ -375,7 +374,7 @@ def test_where_one_process_fails_the_other_says_so_in_one_line(tmp_path: Path) -
     given = ["env.num_envs=2", f"env.kwargs={kwargs}", "batch_size=32", "device=cpu"]
     arguments = [word for setting in given for word in ("--set", setting)]
     train = command("train.py", "--root", tmp_path, "--env", "faulty_envs:Faulty-v0", *arguments)
-    leader, other = in_two_processes(train, status=2, PYTHONPATH=str(Path(__file__).parent))
+    leader, other = in_two_processes(train, status=2, PYTHONPATH=HERE)
     assert "raised ZeroDivisionError: pole at zero" in one_line(other)
     assert one_line(leader).startswith(
         "error: another process of this run has ended or hangs; what it said tells why ("

@@ -38,6 +38,7 @@ from trpo.config.file import dump_config, load_config
 from trpo.distributions import Ordinal
 from trpo.envs.vector import VectorEnvAdapter
 from trpo.errors import CheckpointError, EnvError, TrainingError, UserError
+from trpo.natural_gradient import LineSearchResult, Outcome, Rejection, StepReport
 from trpo.run import directory as run_directory
 from trpo.run import evaluations
 from trpo.run.checkpoint import checkpoint_paths, load_state
@@ -797,6 +798,26 @@ def test_too_many_broken_updates_in_a_row_end_the_run(where: str, tmp_path: Path
     if where == "gradient":  # a policy that rests meets nothing
         settings = settings.model_copy(update={"learning_starts": settings.total_steps})
     assert Trainer(settings, resume=run, console=False).train().evaluation is not None
+
+
+def test_broken_updates_are_counted_over_resumes(tmp_path: Path, monkeypatch: Patch) -> None:
+    settings = config("Pendulum-v1", natural_gradient={"abort_after": 2}, evaluation={"every_steps": 0})
+    score = Ordinal.score
+    monkeypatch.setattr(Ordinal, "score", lambda *args: score(*args) * math.nan)
+    run = train(settings, tmp_path, max_updates=1).directory
+    with pytest.raises(TrainingError, match="2 updates in a row met NaN"):
+        resume(run, max_updates=1)
+    assert [float(row["trust_region/skipped_updates"]) for row in table(run, PROGRESS_FILE)] == [1, 2]
+
+
+def test_broken_updates_with_a_refused_one_between_them_are_not_in_a_row(tmp_path: Path, monkeypatch: Patch) -> None:
+    broken = StepReport(Outcome.NONFINITE_GRADIENT)
+    refused = StepReport(Outcome.NO_CANDIDATE, search=LineSearchResult(0.0, 0.0, 0.0, 1, (Rejection.KL,)))
+    steps = iter([broken, refused, broken, refused])
+    monkeypatch.setattr(trpo.agent, "trust_region_step", lambda *args, **options: next(steps))
+    run = train(config(natural_gradient={"abort_after": 2}), tmp_path)
+    assert run.evaluation is not None  # it has come to its end
+    assert [float(row["trust_region/skipped_updates"]) for row in table(run.directory, PROGRESS_FILE)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, -1e6])

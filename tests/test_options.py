@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from test_resume import differences, last_state, resume, table
 
-from trpo.config import Config, EnvConfig, Schedule
+from trpo.config import Config, EnvConfig, EvaluationConfig, Schedule
 from trpo.config.file import parse_config
 from trpo.config.schedule import options_at
 from trpo.envs import make_envs
@@ -167,7 +168,9 @@ def test_backends_whose_resets_take_none_say_so(tmp_path: Path) -> None:
 def test_another_task_has_new_episodes_and_a_best_policy_of_its_own(tmp_path: Path) -> None:
     rich, poor = (config({"x": 1.0}, {"kwargs": {"times": times}}) for times in (10.0, 1.0))
     run = Trainer(rich, root=tmp_path, console=False).train(max_updates=3).directory
-    assert load_policy(run / "best").info["evaluation"]["eval/mean_reward"] == 50.0
+    best = load_policy(run / "best").info
+    assert best["evaluation"]["eval/mean_reward"] == 50.0
+    assert best["env_steps"] == 20  # the first of three that returned as much
     Trainer(poor, root=tmp_path, resume=run, console=False).train()
     assert load_policy(run / "best").info["evaluation"]["eval/mean_reward"] == 5.0
     log = (run / "log.txt").read_text()
@@ -181,6 +184,17 @@ def test_another_task_has_new_episodes_and_a_best_policy_of_its_own(tmp_path: Pa
     assert trainer.best_return == 5.0 and trainer.collector.goes_on
     trainer.close()
     assert math.isfinite(last_state(resume(again).directory)["counters"]["best_return"])
+
+
+def test_the_best_policy_of_another_task_sets_no_bar_however_often_the_run_goes_on(tmp_path: Path) -> None:
+    """Until the first evaluation of the new task, `best/` is still of the old one."""
+    rich, poor = (config({"x": 1.0}, {"kwargs": {"times": times}}) for times in (10.0, 1.0))
+    run = Trainer(rich, root=tmp_path, console=False).train(max_updates=2).directory
+    unjudged = poor.model_copy(update={"evaluation": EvaluationConfig(every_steps=0)})
+    for _ in range(2):
+        trainer = Trainer(unjudged, root=tmp_path, resume=run, console=False)
+        assert trainer.best_return == -math.inf
+        trainer.train(max_updates=1)
 
 
 @pytest.mark.parametrize("backend", [{}, ASYNC], ids=["gymnasium", "async"])
@@ -300,6 +314,61 @@ def test_a_caller_that_raises_is_heard_whatever_options_it_left_and_what_was_tra
     with pytest.raises(ZeroDivisionError, match="mine"):
         source.train()
     assert last_state(source.run.path)["counters"]["updates"] == 1 and last_state(source.run.path)["options"] == {}
+
+
+def test_options_made_unfit_in_place_are_saved_as_they_were_before(tmp_path: Path) -> None:
+    def spoil(trainer: Trainer, _: object) -> None:
+        trainer.options.setdefault("map", {})["rooms"] = object() if trainer.updates == 2 else 3
+
+    source = Trainer(config({}, checkpoint={"every_steps": 0}), root=tmp_path, console=False, on_update=spoil)
+    with pytest.raises(UserError, match=r"trainer.options are not what a checkpoint can hold: "):
+        source.train()
+    state = last_state(source.run.path)
+    assert state["counters"]["updates"] == 2 and state["options"] == {"map": {"rooms": 3}}
+
+
+def test_options_that_are_taken_back_are_given_no_more(tmp_path: Path) -> None:
+    returns: list[float] = []
+
+    def tell(trainer: Trainer, _: object) -> None:
+        trainer.options = {"x": 1.0} if trainer.updates == 2 else {}
+        returns.extend(list(trainer.recent.returns)[-4:])
+
+    Trainer(config({}), root=tmp_path, console=False, on_update=tell).train()
+    # Of the two episodes that each environment ends in an update, the first was begun in the update before.
+    assert returns == [0.0] * 10 + [5.0] * 4 + [0.0] * 6
+
+
+def test_options_changed_in_place_leave_the_record_of_the_running_episodes_alone(tmp_path: Path) -> None:
+    """By which these are replayed."""
+
+    def widen(trainer: Trainer, _: object) -> None:
+        trainer.options.setdefault("map", {})["rooms"] = trainer.updates
+
+    run = Trainer(config({}), root=tmp_path, console=False, on_update=widen).train(max_updates=2).directory
+    state = last_state(run)
+    assert state["options"] == {"map": {"rooms": 2}}
+    begun = [env["options"] for env in state["processes"][0]["collector"]["env"]["envs"]]
+    assert begun == [{"map": {"rooms": 1}}] * 2
+
+
+class Restless(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Draws from the operating system, so that no episode can be replayed."""
+
+    def observation(self, observation: Any) -> Any:
+        return np.array([observation[0], int.from_bytes(os.urandom(4))], np.float64)
+
+
+@pytest.mark.parametrize("times", [1.0, 2.0], ids=["cannot be replayed", "of another task"])
+def test_episodes_begun_anew_on_a_resume_have_the_options_of_the_update_to_come(times: float, tmp_path: Path) -> None:
+    def told(times: float) -> Config:
+        env = {"kwargs": {"times": times}, "wrappers": [{"name": "test_options:Restless"}]}
+        return config({"x": {"start": 1.0, "end": 3.0}}, env)
+
+    run = Trainer(told(1.0), root=tmp_path, console=False).train(max_updates=3).directory
+    with closing(Trainer(told(times), root=tmp_path, resume=run, console=False)) as trainer:
+        assert not trainer.collector.goes_on
+        assert trainer.collector.obs[:, 0].tolist() == [2.5, 2.5]  # three quarters of the way
 
 
 def test_options_for_environments_made_by_hand_that_take_none_are_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from trpo.agent import Agent, UpdateReport
 from trpo.analysis.curves import read_curve
 from trpo.batch import Batch, Rollout
 from trpo.colored_noise import ColoredNoise
-from trpo.config import Config, EnvConfig, EvaluationConfig
+from trpo.config import CheckpointConfig, Config, EnvConfig, EvaluationConfig
 from trpo.config.file import load_config
 from trpo.envs import make_envs
 from trpo.envs.vector import VectorEnvAdapter
@@ -505,7 +505,10 @@ def test_recorded_numbers_beyond_the_checkpoint_are_dropped_by_who_goes_on(tmp_p
     assert read_curve(run, "mine/updates").values.tolist() == ([1, 2, 3, 4] if again else [1, 2])
 
 
-def test_a_slow_run_is_saved_every_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("only_at_the_end", [False, True])
+def test_a_slow_run_is_saved_every_ten_minutes(
+    only_at_the_end: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 0.0
 
     def ten_minutes_later(trainer: Trainer, report: UpdateReport) -> None:
@@ -513,11 +516,12 @@ def test_a_slow_run_is_saved_every_ten_minutes(tmp_path: Path, monkeypatch: pyte
         now += 400.0
 
     monkeypatch.setattr("trpo.run.autosave.time.monotonic", lambda: now)
-    run = Trainer(trainer_config(6), root=tmp_path, console=False, on_update=ten_minutes_later).train().directory
+    settings = CheckpointConfig(every_steps=0) if only_at_the_end else CheckpointConfig()
+    config = trainer_config(6).model_copy(update={"checkpoint": settings})
+    run = Trainer(config, root=tmp_path, console=False, on_update=ten_minutes_later).train().directory
     # After the updates that find more than 600 s gone since the last time: the second, the fourth; and at the end.
-    assert [path.name for path in checkpoint_paths(run / "checkpoints")] == [
-        "step-000000384", "step-000000256", "step-000000128"
-    ]  # fmt: skip
+    between = [] if only_at_the_end else ["step-000000256", "step-000000128"]
+    assert [path.name for path in checkpoint_paths(run / "checkpoints")] == ["step-000000384", *between]
 
 
 def test_what_shapes_rewards_may_be_for_training_only(tmp_path: Path) -> None:
@@ -607,6 +611,13 @@ def test_a_prolonged_run_still_knows_what_its_last_evaluation_returned(tmp_path:
     with closing(Trainer(prolonged, resume=run, console=False)) as second:
         assert second.best_return == first.best_return and second.evaluation == first.evaluation
         assert "of another task" not in (run / "log.txt").read_text()
+
+
+def test_a_final_policy_is_the_last_of_as_many_steps_as_it_has_seen_alone(tmp_path: Path) -> None:
+    config = config_for("CartPole-v1", total_steps=64, batch_size=64, device="cpu", evaluation={"final_episodes": 1})
+    source = Trainer(config, root=tmp_path, console=False)
+    source.train()
+    assert [source.evaluations.has_last(env_steps) for env_steps in (63, 64, 65)] == [False, True, False]
 
 
 def test_there_is_no_iteration_after_the_end_nor_after_close(tmp_path: Path) -> None:
