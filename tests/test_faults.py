@@ -578,7 +578,7 @@ def test_the_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(tmp_path)])},
     ) as process:
         assert process.stdout is not None
         assert "slow_env:Slow-v0 on cpu, in " in process.stdout.readline()

@@ -607,7 +607,7 @@ def _unfit(options: object) -> str | None:
     if not isinstance(options, dict):
         return f"they are {options!r}, no dict"
     try:
-        encode(options, "options", {})
+        encode(options, "/options", {})
     except (TypeError, ValueError) as error:
         return str(error)
     return None
