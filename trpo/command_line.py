@@ -25,7 +25,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            bare = hasattr(found, "set") and any("=" in word and word[0] != "-" for word in unknown if word)
+            bare = hasattr(found, "set") and any("=" in word and not word.startswith("-") for word in unknown)
             hint = "; every KEY=VALUE needs a --set of its own" if bare else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found

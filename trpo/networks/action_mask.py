@@ -38,11 +38,8 @@ def mask_columns(space: Space[Any], key: str, sizes: Sequence[int]) -> slice:
             f"policy.action_mask: {key!r} of an observation has {size} numbers, the actions have {choices} choices; "
             "give one number for each, above 0 where it may be taken"
         )
-    start = 0
-    for name, part in parts.items():  # in the order of the flat row
-        if name == key:
-            break
-        start += flatdim(part)
+    names = list(parts)  # in the order of the flat row
+    start = sum(flatdim(parts[name]) for name in names[: names.index(key)])
     return slice(start, start + size)
 
 

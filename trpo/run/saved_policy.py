@@ -334,9 +334,9 @@ def _restore(state: dict[str, Any], directory: Path, device: torch.device, trust
     if observation_space is not None and flatdim(observation_space) != obs_dim:
         raise ValueError(f"its observations are {obs_dim} numbers, those of {observation_space} are not")
     _check_sizes(config, obs_dim, action_space, state["policy"])
-    flat = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+    rows = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
     generator = torch.Generator().manual_seed(0)  # the weights it draws are overwritten by the saved ones
-    observations = flat if observation_space is None else observation_space
+    observations = rows if observation_space is None else observation_space
     try:
         policy = build_policy(config, observations, action_space, generator=generator, device=device)
     except ConfigError as error:
